@@ -1,0 +1,111 @@
+#define _GNU_SOURCE
+#include "memory.h"
+
+#include <errno.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23 /* Linux 5.14; glibc before 2.35 lacks the name */
+#endif
+
+size_t wc_page_nbytes(void)
+{
+    return (size_t)sysconf(_SC_PAGESIZE);
+}
+
+int wc_memory_map(struct wc_memory *memory, size_t nbytes)
+{
+    const size_t page = wc_page_nbytes();
+
+    if (nbytes > SIZE_MAX / 2)
+        return -ENOMEM;
+    size_t mapped = wc_round_up(nbytes ? nbytes : 1, nbytes >= WC_HUGE_PAGE ? WC_HUGE_PAGE : page);
+    size_t kept = mapped + page;
+    size_t whole = kept + WC_HUGE_PAGE;
+    unsigned char *raw =
+        mmap(NULL, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (raw == MAP_FAILED)
+        return -errno;
+
+    /* Trim to the aligned part; raw and whole are always what is still mapped. */
+    size_t head = -(uintptr_t)raw % WC_HUGE_PAGE;
+    if (head && munmap(raw, head))
+        goto fail;
+    raw += head;
+    whole -= head;
+    if (munmap(raw + kept, whole - kept))
+        goto fail;
+    whole = kept;
+    if (mprotect(raw + mapped, page, PROT_NONE))
+        goto fail;
+
+    memory->start = raw;
+    memory->nbytes = nbytes;
+    memory->mapped = mapped;
+    memory->huge_refused_errno = madvise(raw, mapped, MADV_HUGEPAGE) ? errno : 0;
+    return 0;
+
+fail:;
+    int rc = -errno;
+    munmap(raw, whole);
+    return rc;
+}
+
+void wc_memory_unmap(struct wc_memory *memory)
+{
+    munmap(memory->start, memory->mapped + wc_page_nbytes());
+}
+
+/* Write-fault each page without changing it: an atomic OR of nothing cannot undo another thread's write. */
+static void touch(unsigned char *start, size_t nbytes)
+{
+    const size_t page = wc_page_nbytes();
+
+    for (size_t at = 0; at < nbytes; at += page)
+        __atomic_fetch_or((volatile unsigned char *)start + at, 0, __ATOMIC_RELAXED);
+}
+
+int wc_memory_populate(const struct wc_memory *memory, size_t start, size_t stop)
+{
+    const size_t page = wc_page_nbytes();
+    size_t first = start & ~(page - 1);
+    size_t nbytes = wc_round_up(stop, page) - first;
+
+    if (madvise(memory->start + first, nbytes, MADV_POPULATE_WRITE)) {
+        if (errno != EINVAL)
+            return -errno;
+        touch(memory->start + first, nbytes);
+    }
+    return 0;
+}
+
+int wc_memory_huge_nbytes(const struct wc_memory *memory, size_t *huge)
+{
+    const uintptr_t start = (uintptr_t)memory->start, end = start + memory->mapped;
+    bool ours = false;
+    char *line = NULL;
+    size_t room = 0;
+    FILE *smaps = fopen("/proc/self/smaps", "re");
+
+    if (!smaps)
+        return -errno;
+    *huge = 0;
+    while (getline(&line, &room, smaps) > 0) {
+        unsigned long from, to, kib;
+        if (sscanf(line, "%lx-%lx ", &from, &to) == 2) {
+            if (from >= end)
+                break;
+            ours = from >= start && to <= end;
+        } else if (ours && sscanf(line, "AnonHugePages: %lu", &kib) == 1) {
+            *huge += kib << 10;
+        }
+    }
+    free(line);
+    fclose(smaps);
+    return 0;
+}

@@ -1,0 +1,52 @@
+/*
+ * Private anonymous memory that weights are read into: mapped, populated, measured; never read or copied.
+ *
+ * Sizes and offsets are bytes. Functions return 0 or -errno and keep no state of their own.
+ */
+#ifndef WEIGHTCACHE_MEMORY_H
+#define WEIGHTCACHE_MEMORY_H
+
+#include <stddef.h>
+
+#define WC_HUGE_PAGE ((size_t)2 << 20)
+
+/*
+ * One mapping, owned by the caller from wc_memory_map to wc_memory_unmap.
+ *
+ * A page that nobody may touch follows it: an overrun faults, and two neighbours never become one mapping in
+ * /proc/self/smaps.
+ */
+struct wc_memory {
+    unsigned char *start;   /* a multiple of WC_HUGE_PAGE */
+    size_t nbytes;          /* as asked for; may be 0 */
+    size_t mapped;          /* nbytes rounded up: to WC_HUGE_PAGE from there on, to a page below; never 0 */
+    int huge_refused_errno; /* 0 where MADV_HUGEPAGE was granted; a refusal is no failure */
+};
+
+/* Bytes in one page of this kernel. */
+size_t wc_page_nbytes(void);
+
+/* Return nbytes rounded up to a multiple, which is a power of two. */
+static inline size_t wc_round_up(size_t nbytes, size_t multiple)
+{
+    return (nbytes + multiple - 1) & ~(multiple - 1);
+}
+
+/* Map nbytes of zeroes, none of them populated. On failure nothing stays mapped. */
+int wc_memory_map(struct wc_memory *memory, size_t nbytes);
+
+/* Unmap. Nobody may use the memory any more; call it once. */
+void wc_memory_unmap(struct wc_memory *memory);
+
+/*
+ * Back each page that overlaps [start, stop) with real memory; content stays. start < stop <= nbytes.
+ *
+ * Any number of threads may populate and write the same bytes at once. Before Linux 5.14 the pages are
+ * touched one by one, and running out of memory then kills the process instead of returning -ENOMEM.
+ */
+int wc_memory_populate(const struct wc_memory *memory, size_t start, size_t stop);
+
+/* Set *huge to the bytes that lie in transparent huge pages now. */
+int wc_memory_huge_nbytes(const struct wc_memory *memory, size_t *huge);
+
+#endif

@@ -1,0 +1,439 @@
+"""The disk tier keeps the tier contract, and what only a tier of files can promise."""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import os
+import shutil
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from cache_folder import chunk_files, flip_byte, occupied_bytes, open_below, staged_files
+from children import Child
+from tier_contract import TierContract, content_of, put, read, run_at_once
+
+from weightcache.digest import Digest, checksum
+from weightcache.layout import pages
+from weightcache.locks import Lease, exclusive
+from weightcache.manifest import Chunk, Role, Shard
+from weightcache.tiers.disk import N_QUARANTINED, DiskTier
+from weightcache.tiers.records import ModelRecord
+
+ROOM_NBYTES = 64 << 20
+WRITERS = Path(__file__).with_name("writers.py")
+
+
+class TestDiskTier(TierContract):
+    @pytest.fixture
+    def tier(self, tmp_path: Path) -> Iterator[DiskTier]:
+        disk = DiskTier(tmp_path / "cache", ROOM_NBYTES)
+        yield disk
+        assert disk.used_bytes() == occupied_bytes(disk.root)
+        assert staged_files(disk.root) == []
+        disk.close()
+
+
+@pytest.fixture
+def open_tier(tmp_path: Path) -> Iterator[Callable[..., DiskTier]]:
+    """Open the cache folder as another process would; closed at the end: `open_tier(budget_bytes)`."""
+    opened: list[DiskTier] = []
+
+    def open_one(budget_bytes: int = ROOM_NBYTES) -> DiskTier:
+        opened.append(DiskTier(tmp_path / "cache", budget_bytes))
+        return opened[-1]
+
+    yield open_one
+    for disk in opened:
+        disk.close()
+
+
+@pytest.fixture
+def tier(open_tier: Callable[..., DiskTier]) -> DiskTier:
+    return open_tier()
+
+
+def remember(tier: DiskTier, key: str, contents: list[bytes]) -> str:
+    """Record a model of one shard whose chunks have these contents; return its key."""
+    chunks, at = [], 0
+    for content in contents:
+        chunks.append(Chunk(at, len(content), Digest.of(content)))
+        at += len(content)
+    shard_key = Digest.of(key.encode()).hex[:32]
+    tier.records.remember_shard(shard_key, Shard("model.safetensors", at, key, Role.WEIGHTS, tuple(chunks)))
+    tier.records.remember_model(ModelRecord(key, f"s3://bucket/{key}", "", ((shard_key, "model.safetensors", ""),)))
+    return key
+
+
+# -- files
+
+
+@pytest.mark.parametrize("nbytes", [1, 4095, 4096, 4097])
+def test_chunk_files_are_padded_to_4_kib_with_zeros(tier: DiskTier, nbytes: int) -> None:
+    content = content_of(nbytes)
+    digest = put(tier, content)
+    assert chunk_files(tier.root)[digest.hex].read_bytes() == content + bytes(pages(nbytes) - nbytes)
+    assert tier.used_bytes() == pages(nbytes)
+
+
+def test_padding_holds_nothing_of_the_chunk_before(tier: DiskTier) -> None:
+    put(tier, b"\xff" * 8192)
+    digest = put(tier, b"short")
+    assert chunk_files(tier.root)[digest.hex].read_bytes() == b"short" + bytes(4091)
+
+
+def test_g24_files_are_0600_and_folders_0700(open_tier: Callable[..., DiskTier]) -> None:
+    before = os.umask(0)
+    try:
+        tier = open_tier()
+        put(tier, b"chunk")
+        lease = tier.lease(remember(tier, "model", [b"chunk"]))
+        tier.records.pin("model", pinned=True)
+        tier.flight().close()
+        tier.make_room()
+        found = [tier.root, *tier.root.rglob("*")]
+        modes = {str(path.relative_to(tier.root)): path.lstat().st_mode & 0o777 for path in found}
+        wrong = {name: oct(mode) for name, mode in modes.items() if mode not in (0o600, 0o700)}
+        lease.release()
+    finally:
+        os.umask(before)
+    assert wrong == {}
+
+
+def test_close_leaves_nothing_open_in_any_thread(open_tier: Callable[..., DiskTier]) -> None:
+    gc.disable()
+    try:
+        tier = open_tier()
+        gate = threading.Barrier(4)
+
+        def work(number: int) -> None:
+            put(tier, content_of(1000, number))
+            gate.wait()
+
+        run_at_once(threading.Thread(target=work, args=(number,)) for number in range(4))
+        assert open_below(tier.root)
+        tier.close()
+        assert open_below(tier.root) == []
+    finally:
+        gc.enable()
+
+
+def test_a_tier_that_is_dropped_leaves_nothing_open(tmp_path: Path) -> None:
+    gc.disable()
+    try:
+        tier = DiskTier(tmp_path / "cache", ROOM_NBYTES)
+        put(tier, b"chunk")
+        del tier
+        assert open_below(tmp_path) == []
+    finally:
+        gc.enable()
+
+
+def test_chunks_survive_reopening(open_tier: Callable[..., DiskTier]) -> None:
+    digest = put(open_tier(), content_of(5000))
+    again = open_tier()
+    assert again.look([digest]) == {digest}
+    assert read(again, digest, 5000) == content_of(5000)
+
+
+def test_g03_a_chunk_is_synced_before_the_catalogue_shows_it(
+    tier: DiskTier, open_tier: Callable[..., DiskTier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = content_of(5000)
+    digest = Digest.of(content)
+    target = tier.root / "chunks" / digest.hex[:2] / digest.hex
+    other = open_tier()
+    steps: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def watch(step: str) -> None:
+        assert other.look([digest]) == set()
+        steps.append(step)
+
+    def watched_fsync(fd: int) -> None:
+        fsync(fd)
+        path = Path(f"/proc/self/fd/{fd}").readlink()
+        watch("file synced" if path.parent.name == "staging" else f"{path.name} synced")
+
+    def watched_rename(source: Path, destination: Path) -> None:
+        rename(source, destination)
+        watch(f"renamed to {Path(destination).name}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", watched_fsync)
+        patch.setattr(os, "rename", watched_rename)
+        assert tier.write(digest, checksum(content), memoryview(content))
+    assert steps == ["file synced", f"renamed to {digest.hex}", f"{target.parent.name} synced"]
+    assert other.look([digest]) == {digest}
+
+
+# -- rot and loss
+
+
+def test_g04_a_rotten_chunk_is_set_aside_and_missed(tier: DiskTier) -> None:
+    content = content_of(10_000)
+    digest, other = put(tier, content), put(tier, content_of(9999))
+    flip_byte(chunk_files(tier.root)[digest.hex])
+    assert read(tier, digest, 10_000) is None
+    assert tier.look([digest, other]) == {other}
+    assert sorted(chunk_files(tier.root)) == [other.hex]
+    assert [path.name for path in (tier.root / "quarantine").iterdir()] == [digest.hex]
+    assert tier.used_bytes() == occupied_bytes(tier.root)
+    assert read(tier, put(tier, content), 10_000) == content
+
+
+def test_g04_rot_is_found_where_only_the_digest_is_known(tier: DiskTier, open_tier: Callable[..., DiskTier]) -> None:
+    sound, rotten = content_of(10_000, 1), content_of(10_000, 2)
+    remember(tier, "model", [sound, rotten])
+    put(tier, sound)
+    put(tier, rotten)
+    flip_byte(chunk_files(tier.root)[Digest.of(rotten).hex])
+    tier.close()
+    shutil.rmtree(tier.root / "catalogue")
+    again = open_tier()
+    assert again.look([Digest.of(sound), Digest.of(rotten)]) == {Digest.of(sound), Digest.of(rotten)}
+    assert read(again, Digest.of(rotten), 10_000) is None
+    assert read(again, Digest.of(sound), 10_000) == sound
+    assert again.look([Digest.of(sound), Digest.of(rotten)]) == {Digest.of(sound)}
+
+
+def test_rot_in_the_padding_harms_nobody(tier: DiskTier) -> None:
+    content = content_of(5000)
+    digest = put(tier, content)
+    flip_byte(chunk_files(tier.root)[digest.hex], 8191)
+    assert read(tier, digest, 5000) == content
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 4096, 9999])
+def test_g04_a_truncated_chunk_is_set_aside_and_missed(tier: DiskTier, nbytes: int) -> None:
+    digest = put(tier, content_of(10_000))
+    os.truncate(chunk_files(tier.root)[digest.hex], nbytes)
+    assert read(tier, digest, 10_000) is None
+    assert tier.look([digest]) == set()
+    assert tier.used_bytes() == occupied_bytes(tier.root) == 0
+
+
+def test_g04_a_lost_file_is_a_miss_and_can_be_written_again(tier: DiskTier) -> None:
+    content = content_of(10_000)
+    digest = put(tier, content)
+    chunk_files(tier.root)[digest.hex].unlink()
+    assert read(tier, digest, 10_000) is None
+    assert tier.look([digest]) == set()
+    assert tier.used_bytes() == 0
+    assert read(tier, put(tier, content), 10_000) == content
+    assert tier.used_bytes() == occupied_bytes(tier.root)
+
+
+def test_a_lost_file_is_written_again_before_anybody_missed_it(tier: DiskTier) -> None:
+    content = content_of(10_000)
+    digest = put(tier, content)
+    chunk_files(tier.root)[digest.hex].unlink()
+    assert read(tier, put(tier, content), 10_000) == content
+    assert tier.used_bytes() == occupied_bytes(tier.root)
+
+
+def test_quarantine_keeps_the_newest_few(tier: DiskTier) -> None:
+    digests = []
+    for seed in range(N_QUARANTINED + 3):
+        digests.append(put(tier, content_of(100, seed)))
+        flip_byte(chunk_files(tier.root)[digests[-1].hex], 50)
+        assert read(tier, digests[-1], 100) is None
+    kept = {path.name for path in (tier.root / "quarantine").iterdir()}
+    assert len(kept) == N_QUARANTINED
+    assert digests[-1].hex in kept
+
+
+def test_g12_who_opened_a_chunk_reads_on_while_it_is_dropped(tier: DiskTier) -> None:
+    content = content_of(10_000)
+    digest = put(tier, content)
+    with chunk_files(tier.root)[digest.hex].open("rb") as reader:
+        assert reader.read(5000) == content[:5000]
+        tier.drop(digest)
+        assert reader.read(5000) == content[5000:]
+
+
+# -- many writers
+
+
+def test_processes_that_write_the_same_chunks_leave_each_once(tier: DiskTier) -> None:
+    with Child(WRITERS, tier.root, ROOM_NBYTES) as writers:
+        assert writers.hear() == [True] * 4
+        assert writers.wait() == 0
+    contents = [content_of(100_000 + seed, seed) for seed in range(6)]
+    assert set(chunk_files(tier.root)) == {Digest.of(content).hex for content in contents}
+    for content in contents:
+        assert read(tier, Digest.of(content), len(content)) == content
+    assert tier.used_bytes() == occupied_bytes(tier.root)
+    assert staged_files(tier.root) == []
+
+
+def test_g13_the_budget_holds_while_processes_write(tier: DiskTier) -> None:
+    budget_bytes = 3 * pages(100_005)
+    most_bytes = 0
+    with Child(WRITERS, tier.root, budget_bytes) as writers:
+        while not writers.has_ended():
+            with exclusive(tier.root / "evict.lock"):  # nothing leaves while it is counted
+                most_bytes = max(most_bytes, occupied_bytes(tier.root))
+        assert len(writers.hear()) == 4
+    assert 0 < most_bytes <= budget_bytes
+    assert occupied_bytes(tier.root) <= tier.used_bytes() <= budget_bytes
+    for digest in map(Digest, chunk_files(tier.root)):
+        [seed] = [seed for seed in range(6) if Digest.of(content_of(100_000 + seed, seed)) == digest]
+        assert read(tier, digest, 100_000 + seed) in (None, content_of(100_000 + seed, seed))
+
+
+def test_g13_litter_of_dead_writers_is_swept_and_work_is_not(
+    tier: DiskTier, open_tier: Callable[..., DiskTier]
+) -> None:
+    (tier.root / "staging" / "dead.staged").write_bytes(b"half a chunk")
+    with (tier.root / "staging" / "live.staged").open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        open_tier()
+        assert [path.name for path in staged_files(tier.root)] == ["live.staged"]
+    open_tier()
+    assert staged_files(tier.root) == []
+
+
+@pytest.mark.parametrize("hold", ["a staged file", "a lease"])
+def test_opening_a_tier_spares_what_another_is_about_to_lock(
+    tier: DiskTier, open_tier: Callable[..., DiskTier], monkeypatch: pytest.MonkeyPatch, hold: str
+) -> None:
+    """Between a file's creation and its lock, whoever sweeps takes it for litter."""
+    flock, others = fcntl.flock, [open_tier]
+
+    def late_flock(fd: int, operation: int) -> None:
+        if others:
+            others.pop()().leased()
+        flock(fd, operation)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", late_flock)
+        if hold == "a staged file":
+            digest = put(tier, content_of(1000))
+        else:
+            lease = tier.lease("model")
+    if hold == "a staged file":
+        assert read(tier, digest, 1000) == content_of(1000)
+    else:
+        assert tier.leased() == {"model"}
+        lease.release()
+
+
+# -- holds and budget
+
+
+def test_g12_a_lease_is_seen_by_other_tiers_until_it_is_released(
+    tier: DiskTier, open_tier: Callable[..., DiskTier]
+) -> None:
+    lease = tier.lease("model")
+    assert open_tier().leased() == {"model"}
+    lease.release()
+    lease.release()
+    assert tier.leased() == set()
+    assert list((tier.root / "leases").iterdir()) == []
+
+
+def test_two_leases_of_one_model_end_one_by_one(tier: DiskTier) -> None:
+    first, second = tier.lease("model"), Lease(tier.root / "leases", "model")
+    first.release()
+    assert tier.leased() == {"model"}
+    second.release()
+    assert tier.leased() == set()
+
+
+def test_g16_a_forked_child_that_lets_go_leaves_its_parents_lease(tier: DiskTier) -> None:
+    lease = tier.lease("model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: of forking beside threads
+        pid = os.fork()
+    if pid == 0:
+        try:
+            lease.release()
+        finally:
+            os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert tier.leased() == {"model"}
+    lease.release()
+    assert tier.leased() == set()
+
+
+def test_g13_chunks_of_no_model_are_the_first_to_go(open_tier: Callable[..., DiskTier]) -> None:
+    tier = open_tier(5 * 40960)
+    kept, new = [content_of(40960, seed) for seed in range(2)], content_of(40960, 2)
+    remember(tier, "kept", kept)
+    remember(tier, "new", [new])
+    for content in (*kept, *(content_of(40960, 10 + seed) for seed in range(3)), new):
+        put(tier, content)
+    assert set(chunk_files(tier.root)) == {Digest.of(content).hex for content in (*kept, new)}
+    assert tier.used_bytes() == occupied_bytes(tier.root)
+
+
+def test_g13_a_write_past_the_budget_evicts_the_least_recently_used(open_tier: Callable[..., DiskTier]) -> None:
+    tier = open_tier(4 * 40960)
+    contents = {key: content_of(40960, seed) for seed, key in enumerate(("old", "older", "newer"))}
+    for key, used_s in (("old", 2000.0), ("older", 1000.0), ("newer", 3000.0)):
+        put(tier, contents[key])
+        tier.records.touch(remember(tier, key, [contents[key]]), used_s)
+    new = [content_of(40960, 10 + seed) for seed in range(2)]
+    remember(tier, "new", new)
+    put(tier, new[0])
+    assert len(list(tier.records.models())) == 4
+    put(tier, new[1])  # down to the low watermark
+    assert [record.key for record in tier.records.models()] == ["new", "newer"]
+    assert set(chunk_files(tier.root)) == {Digest.of(content).hex for content in (contents["newer"], *new)}
+    assert tier.used_bytes() == occupied_bytes(tier.root)
+
+
+def test_g12_a_write_that_held_models_leave_no_room_for_is_refused(open_tier: Callable[..., DiskTier]) -> None:
+    tier = open_tier(2 * 40960)
+    leased, pinned, more = (content_of(40960, seed) for seed in range(3))
+    put(tier, leased)
+    put(tier, pinned)
+    lease = tier.lease(remember(tier, "leased", [leased]))
+    tier.records.pin(remember(tier, "pinned", [pinned]), pinned=True)
+    assert tier.write(Digest.of(more), checksum(more), memoryview(more)) is False
+    assert len(chunk_files(tier.root)) == 2
+    assert tier.used_bytes() == occupied_bytes(tier.root)
+    lease.release()
+    assert tier.write(Digest.of(more), checksum(more), memoryview(more)) is True
+    assert tier.look(map(Digest.of, (leased, pinned, more))) == {Digest.of(pinned), Digest.of(more)}
+
+
+def test_g13_room_made_while_another_writes_counts_what_it_writes(
+    tier: DiskTier, open_tier: Callable[..., DiskTier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync, writing, go_on = os.fsync, threading.Event(), threading.Event()
+
+    def held_fsync(fd: int) -> None:
+        writing.set()
+        assert go_on.wait(20)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", held_fsync)
+    writer = threading.Thread(target=put, args=(tier, content_of(40960)))
+    writer.start()
+    assert writing.wait(20)
+    assert open_tier().make_room()
+    go_on.set()
+    writer.join()
+    assert tier.used_bytes() == occupied_bytes(tier.root) == 40960
+
+
+# -- the catalogue is a cache
+
+
+def test_g07_a_lost_catalogue_is_rebuilt_from_the_chunks(tier: DiskTier, open_tier: Callable[..., DiskTier]) -> None:
+    contents = [content_of(1000 + seed, seed) for seed in range(5)]
+    remember(tier, "model", contents)
+    digests = {put(tier, content) for content in contents}
+    used = tier.used_bytes()
+    tier.close()
+    shutil.rmtree(tier.root / "catalogue")
+    again = open_tier()
+    assert again.look(digests) == digests
+    assert again.used_bytes() == used == occupied_bytes(tier.root)
+    for content in contents:
+        assert read(again, Digest.of(content), len(content)) == content

@@ -1,0 +1,417 @@
+"""The command line as people and scripts meet it: what is printed where, and the code it exits with."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from cache_folder import chunk_files, flip_byte
+from models import write_tiny_sharded
+
+import weightcache
+import weightcache.cli
+from weightcache import errors
+from weightcache.cli.load import load
+from weightcache.cli.output import Output, ago, printable, size
+
+TIMEOUT_S = 60.0
+CLI = (sys.executable, "-m", "weightcache")
+NOBODY_LISTENS = "endpoint_url=http://127.0.0.1:1"
+COMMANDS = ("completion", "doctor", "evict", "load", "ls", "pin", "plan", "prefetch", "pull", "unpin", "verify")
+
+# What is patched for a run in a process of its own.
+WITHOUT_THE_EXTRA = "sys.modules.update(click=None, rich=None)"
+FAILING = "def ls(): raise RuntimeError('the wheels\\ncame off')\nweightcache.models = ls"
+INTERRUPTED = "def ls(): raise KeyboardInterrupt\nweightcache.models = ls"
+
+
+def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in pipes."""
+    command = [*CLI, *map(str, arguments)]
+    return subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+
+
+def run_patched(patch: str, *arguments: str, then: str = "") -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process where `patch` ran before, and `then` after it."""
+    lines = (
+        "import sys, weightcache, weightcache.cli",
+        f"sys.argv[1:] = {arguments!r}",
+        patch,
+        "code = weightcache.cli.main()",
+        then,
+        "sys.exit(code)",
+    )
+    command = [sys.executable, "-c", "\n".join(lines)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+Answer = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """Run the command line like `run`, but in this process: the same edge without the start."""
+    root, own = logging.getLogger(), logging.getLogger("weightcache")
+    before = root.handlers[:], root.level, own.level
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["weightcache", *map(str, arguments)])
+        code = weightcache.cli.main()
+        return subprocess.CompletedProcess(sys.argv, code, *capsys.readouterr())
+
+    yield run
+    gc.collect()  # an error that crossed threads is a cycle, and holds the files of its frames open
+    root.handlers[:] = before[0]
+    root.setLevel(before[1])
+    own.setLevel(before[2])
+
+
+@pytest.fixture
+def answer(run_here: Run) -> Answer:
+    """Run a command with --json that succeeds without a word on stderr; return its one object."""
+
+    def run(*arguments: object) -> dict[str, Any]:
+        ran = run_here(*arguments, "--json")
+        assert (ran.returncode, ran.stderr) == (0, "")
+        found: dict[str, Any] = json.loads(ran.stdout)
+        return found
+
+    return run
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    write_tiny_sharded(folder)
+    return folder
+
+
+@pytest.fixture
+def cached(model: Path) -> Path:
+    """A model that is in the cache."""
+    weightcache.prefetch(model)
+    return model
+
+
+# -- at start
+
+
+def test_version_needs_no_extra() -> None:
+    ran = run_patched(WITHOUT_THE_EXTRA, "--version")
+    assert (ran.returncode, ran.stdout) == (0, f"weightcache {weightcache.__version__}\n")
+
+
+def test_missing_extra_is_named_in_one_line() -> None:
+    ran = run_patched(WITHOUT_THE_EXTRA, "ls")
+    needs = 'weightcache\'s command line needs its extra: pip install "weightcache[cli]"\n'
+    assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", needs)
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version"])
+def test_start_imports_nothing_heavy(argument: str) -> None:
+    heavy = (
+        "print(sorted({'torch', 'numpy', 'fsspec', 'botocore', 'rich.table'} & sys.modules.keys()), file=sys.stderr)"
+    )
+    assert run_patched("", argument, then=heavy).stderr.endswith("[]\n")
+
+
+def test_help_names_every_command_and_every_exit_code() -> None:
+    words = run("--help").stdout.split()
+    tree = (each for each in vars(errors).values() if isinstance(each, type))
+    codes = {each.exit_code for each in tree if issubclass(each, errors.WeightcacheError)}
+    assert {str(code) for code in (0, 1, 130, *codes)} <= set(words)
+    assert set(COMMANDS) <= set(words)
+
+
+def test_unknown_command_is_answered_with_the_nearest() -> None:
+    ran = run("lod", "x")
+    assert ran.returncode == 2
+    assert "no such command 'lod' (did you mean 'load'?)" in ran.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_script_asks_this_program(shell: str) -> None:
+    assert "_WEIGHTCACHE_COMPLETE" in run("completion", shell).stdout
+
+
+def test_completion_completes() -> None:
+    ran = run(_WEIGHTCACHE_COMPLETE="bash_complete", COMP_WORDS="weightcache ev", COMP_CWORD="1")
+    assert ran.stdout == "plain,evict\n"
+
+
+# -- results
+
+
+def test_load_reports_as_one_json_object(model: Path, answer: Answer) -> None:
+    found = answer("load", model, "--cache", "disk", "--include", "model.layers.0.*", "--device", "cpu")
+    assert found["uri"] == str(model)
+    assert found["n_tensors"] == 9
+    assert found["device"] == "cpu"
+    assert found["stored_bytes"] >= found["tensor_bytes"]  # it waited
+    assert {"open", "describe", "look", "move", "bind", "total"} <= found["seconds"].keys()
+    assert {"bytes", "gb_per_s", "n_requests", "n_retries", "choices", "warnings"} <= found.keys()
+    assert "config.json" in found["files"]
+
+
+def test_report_in_a_pipe_is_plain_text_without_progress(model: Path) -> None:
+    ran = run("prefetch", model)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout.isascii()
+    assert not {"\x1b", "\r"} & set(ran.stdout)
+    shown = dict(line.split(maxsplit=1) for line in ran.stdout.splitlines())
+    assert shown["model"] == str(model)
+    assert shown["stored"].endswith("MB")
+    assert "origin" in shown["bytes"]
+
+
+def test_progress_is_shown_to_a_terminal(model: Path) -> None:
+    outside, inside = pty.openpty()
+    with subprocess.Popen([*CLI, "prefetch", str(model)], stdout=subprocess.PIPE, stderr=inside) as process:
+        os.close(inside)
+        shown = b"".join(iter(lambda: read_terminal(outside), b""))
+        assert process.stdout is not None
+        printed = process.stdout.read()
+    os.close(outside)
+    assert process.returncode == 0
+    assert b"prefetch" in shown
+    assert b"\x1b" not in printed
+
+
+def read_terminal(fd: int) -> bytes:
+    try:
+        return os.read(fd, 1 << 16)
+    except OSError:  # Linux says EIO where the other end is closed
+        return b""
+
+
+def test_pull_writes_the_files_bit_for_bit(model: Path, answer: Answer, tmp_path: Path) -> None:
+    found = answer("pull", model, tmp_path / "pulled")
+    assert found["n_tensors"] == 0
+    names = [path.name for path in sorted(model.iterdir())]
+    assert [path.name for path in sorted((tmp_path / "pulled").iterdir())] == names
+    for name in names:
+        assert (tmp_path / "pulled" / name).read_bytes() == (model / name).read_bytes()
+
+
+def test_plan_moves_nothing(model: Path, answer: Answer) -> None:
+    found = answer("plan", model, "--exclude", "model.layers.*")
+    assert found["n_tensors"] == 2
+    assert found["disk_bytes"] == 0
+    assert found["origin_bytes"] >= found["tensor_bytes"]
+
+
+def test_ls_without_a_cache_makes_none(answer: Answer, tmp_path: Path) -> None:
+    assert answer("ls") == {"models": []}
+    assert not (tmp_path / "cache").exists()
+
+
+def test_ls_shows_sizes_and_holds_in_words(cached: Path, answer: Answer, run_here: Run) -> None:
+    assert answer("pin", cached) == {"uri": str(cached), "pinned": True}
+    [model] = answer("ls")["models"]
+    assert (model["uri"], model["tier"], model["pinned"], model["in_use"]) == (str(cached), "disk", True, False)
+    assert 0 < model["bytes"] <= model["total_bytes"]
+    titles, row = run_here("ls").stdout.splitlines()
+    assert titles.split() == ["model", "tier", "here", "of", "last", "use", "held", "endpoint"]
+    assert str(cached) in row
+    assert "MB" in row
+    assert "just now" in row
+    assert row.endswith("pinned")
+
+
+def test_evict_frees_an_unpinned_model(cached: Path, answer: Answer) -> None:
+    weightcache.pin(cached)
+    assert answer("unpin", cached) == {"uri": str(cached), "pinned": False}
+    [evicted] = answer("evict", cached)["evicted"]
+    assert evicted["uri"] == str(cached)
+    assert evicted["freed_bytes"] > 3_000_000
+    assert answer("ls") == {"models": []}
+
+
+def test_verify_exits_with_6_until_repaired(cached: Path, run_here: Run, tmp_path: Path) -> None:
+    digest, path = next(iter(chunk_files(tmp_path / "cache").items()))
+    flip_byte(path, 0)
+    assert run_here("verify").returncode == 0  # presence and size are right
+    ran = run_here("verify", "--deep")
+    assert ran.returncode == errors.IntegrityError.exit_code
+    assert f"unrepaired  blake3:{digest}" in ran.stdout
+    ran = run_here("verify", "--deep", "--repair", "--json")
+    found = json.loads(ran.stdout)
+    assert (ran.returncode, found["sound"]) == (0, True)
+    assert found["rotten"] == found["repaired"] == [f"blake3:{digest}"]
+    assert found["unrepaired"] == []
+
+
+def test_doctor_finds_and_keeps_secrets() -> None:
+    secrets = {
+        "AWS_ACCESS_KEY_ID": "keyinthetest",
+        "AWS_SECRET_ACCESS_KEY": "secretinthetest",
+        "AWS_SESSION_TOKEN": "tokeninthetest",
+        "AWS_ENDPOINT_URL_S3": "http://user:passwordinthetest@127.0.0.1:1",
+        "HTTP_PROXY": "http://user:passwordinthetest@127.0.0.1:2",
+    }
+    ran = run("doctor", "--json", "-vv", **secrets)
+    assert ran.returncode == 0
+    found = json.loads(ran.stdout)
+    assert found["broken"] == []
+    assert {"s3 credentials", "disk speed", "gpu"} <= {finding["name"] for finding in found["findings"]}
+    assert all(finding.keys() == {"name", "value", "ok", "advice"} for finding in found["findings"])
+    assert "inthetest" not in ran.stdout + ran.stderr
+
+
+def test_doctor_exits_with_1_when_something_is_broken(
+    run_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("WEIGHTCACHE_DIR", str(tmp_path / "file" / "cache"))
+    ran = run_here("doctor")
+    assert ran.returncode == 1
+    assert "BROKEN  cache folder" in ran.stdout
+
+
+# -- errors
+
+
+def s3(*arguments: str) -> Sequence[str]:
+    return ("plan", "s3://bucket/model", "--storage-option", NOBODY_LISTENS, *arguments)
+
+
+KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "WEIGHTCACHE_ATTEMPTS": "1"}
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code", "arguments", "environment"),
+    [
+        ("config", 2, ["ls"], {"WEIGHTCACHE_DIRR": "/x"}),
+        ("config", 2, ["prefetch", "model", "--tier", "host"], {}),
+        ("uri", 2, ["plan", "s3://user:password@bucket/model"], {}),
+        ("not-found", 3, ["plan", "nowhere"], {}),
+        ("not-found", 3, ["evict", "model"], {}),
+        ("access-denied", 4, s3(), {}),
+        ("format", 5, ["plan", "broken"], {}),
+        ("unsafe-format", 5, ["plan", "model.bin"], {}),
+        ("origin-unreachable", 7, s3(), KEYS),
+        ("offline", 8, s3("--offline"), {}),
+        ("capacity", 9, ["pull", "model", "model/config.json/folder"], {}),
+        ("device", 10, ["load", "model", "--device", "abacus"], {}),
+        ("cache-format", 11, ["ls"], {"WEIGHTCACHE_DIR": "newer"}),
+    ],
+)
+def test_error_is_one_line_and_a_code(
+    code: str,
+    exit_code: int,
+    arguments: Sequence[str],
+    environment: dict[str, str],
+    model: Path,
+    run_here: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(model.parent)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    Path("broken").mkdir()
+    Path("broken/model.safetensors").write_bytes(b"not at all")
+    Path("newer").mkdir()
+    Path("newer/weightcache.json").write_text('{"version": 999}')
+    ran = run_here(*arguments, "--json")
+    [line] = ran.stderr.splitlines()
+    error = json.loads(ran.stdout)["error"]
+    assert (ran.returncode, error["code"]) == (exit_code, code)
+    assert line == f"weightcache: {error['message']} [{code}]"
+    assert isinstance(error["facts"], dict)
+    assert "password" not in line
+
+
+def test_pinned_model_is_in_use(cached: Path) -> None:
+    weightcache.pin(cached)
+    ran = run("evict", cached)
+    assert (ran.returncode, ran.stdout) == (errors.InUseError.exit_code, "")
+    assert ran.stderr.endswith(" [in-use]\n")
+
+
+def test_names_cannot_speak_to_the_terminal(run_here: Run, tmp_path: Path) -> None:
+    ran = run_here("plan", f"{tmp_path}/no\nsuch\x1b[2J\udcff")
+    assert ran.returncode == 3
+    assert r"no\nsuch\x1b[2J\udcff" in ran.stderr
+    assert ran.stderr.count("\n") == 1
+
+
+def test_internal_error_is_one_line_and_verbose_has_the_traceback() -> None:
+    ran = run_patched(FAILING, "ls")
+    line = r"weightcache: internal error: RuntimeError: the wheels\ncame off; run with -vv for the traceback"
+    assert (ran.returncode, ran.stdout, ran.stderr) == (1, "", f"{line}\n")
+    assert "Traceback" in run_patched(FAILING, "ls", "-vv").stderr
+
+
+def test_interrupt_is_quiet() -> None:
+    ran = run_patched(INTERRUPTED, "ls")
+    assert (ran.returncode, ran.stdout, ran.stderr.strip()) == (130, "", "")
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_reader_that_is_gone_is_no_error(flags: Sequence[str]) -> None:
+    outside, inside = os.pipe()
+    os.close(outside)
+    ran = subprocess.run([*CLI, "ls", *flags], stdout=inside, stderr=subprocess.PIPE, timeout=TIMEOUT_S, check=False)
+    os.close(inside)
+    assert ran.stderr == b""
+
+
+# -- options
+
+
+def storage_options(*pairs: str) -> dict[str, Any]:
+    arguments = [part for pair in pairs for part in ("--storage-option", pair)]
+    context = load.make_context("load", ["model", *arguments], obj=Output())
+    found: dict[str, Any] = context.params["storage_options"]
+    return found
+
+
+def test_storage_options_are_json_where_they_can_be_and_nest_by_dots() -> None:
+    assert storage_options(
+        "anon=true",
+        "endpoint_url=http://host:9000/?a=b",
+        "client_kwargs.region_name=eu-west-1",
+        "client_kwargs.verify=false",
+        'config_kwargs={"connect_timeout": 5}',
+        "empty=",
+    ) == {
+        "anon": True,
+        "endpoint_url": "http://host:9000/?a=b",
+        "client_kwargs": {"region_name": "eu-west-1", "verify": False},
+        "config_kwargs": {"connect_timeout": 5},
+        "empty": "",
+    }
+
+
+@pytest.mark.parametrize("pairs", [["topsecret"], ["=topsecret"], ["a..b=topsecret"], ["a=1", "a.b=topsecret"]])
+def test_storage_option_that_makes_no_sense_is_refused_unquoted(pairs: Sequence[str]) -> None:
+    with pytest.raises(click.BadParameter) as caught:
+        storage_options(*pairs)
+    assert "topsecret" not in caught.value.format_message()
+
+
+# -- words
+
+
+def test_sizes_and_ages_are_read_at_a_glance(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [size(nbytes) for nbytes in (0, 999, 1000, 2_471_628_800)] == ["0 B", "999 B", "1.00 kB", "2.47 GB"]
+    monkeypatch.setattr("time.time", lambda: 1e6)
+    ages = [ago(1e6 - passed_s) for passed_s in (-5, 59, 60, 7199, 200_000)]
+    assert ages == ["just now", "just now", "1 min ago", "1 h ago", "2 d ago"]
+
+
+def test_what_cannot_be_printed_is_escaped() -> None:
+    assert printable("é 模型 a\tb\x07\u202e") == r"é 模型 a\tb\x07\u202e"

@@ -1,0 +1,206 @@
+"""Settings: what wins, what is read from where, and that a demand is never guessed at."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from weightcache.config import MIB, Settings, read_bytes, read_settings
+from weightcache.errors import ConfigError
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> dict[str, str]:
+    """An environment that holds nothing but a home folder."""
+    return {"HOME": str(tmp_path)}
+
+
+def write_toml(home: Mapping[str, str], text: str | bytes) -> Path:
+    path = Path(home["HOME"]) / ".config" / "weightcache.toml"
+    path.parent.mkdir()
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def test_defaults_lie_below_home(home: dict[str, str], tmp_path: Path) -> None:
+    assert read_settings(home) == Settings(dir=tmp_path / ".cache" / "weightcache")
+
+
+def test_environment_beats_file_beats_default(home: dict[str, str]) -> None:
+    write_toml(home, "connections = 5\nthreads = 3\n")
+    settings = read_settings({**home, "WEIGHTCACHE_CONNECTIONS": "7"})
+    assert (settings.connections, settings.threads, settings.attempts) == (7, 3, 3)
+
+
+def test_every_setting_is_read_from_the_file(home: dict[str, str], tmp_path: Path) -> None:
+    write_toml(
+        home,
+        'dir = "/somewhere"\noffline = true\ndisk_budget_bytes = "20GB"\nconnections = 1\nrange_bytes = "8MiB"\n'
+        "threads = 2\nattempts = 1\nrequest_timeout_s = 1.5\ntimeout_s = 60\n",
+    )
+    assert read_settings(home) == Settings(
+        dir=Path("/somewhere"),
+        offline=True,
+        disk_budget_bytes=20 * 10**9,
+        connections=1,
+        range_bytes=8 * MIB,
+        threads=2,
+        attempts=1,
+        request_timeout_s=1.5,
+        timeout_s=60.0,
+    )
+
+
+def test_every_setting_is_read_from_the_environment(home: dict[str, str]) -> None:
+    values = {
+        "dir": ("/somewhere", Path("/somewhere")),
+        "offline": ("yes", True),
+        "disk_budget_bytes": ("1.5 GiB", 3 << 29),
+        "connections": ("512", 512),
+        "range_bytes": ("1048576", MIB),
+        "threads": ("64", 64),
+        "attempts": ("10", 10),
+        "request_timeout_s": ("0.25", 0.25),
+        "timeout_s": ("1e3", 1000.0),
+    }
+    environment = {f"WEIGHTCACHE_{name.upper()}": text for name, (text, _) in values.items()}
+    settings = read_settings({**home, **environment})
+    assert {name: getattr(settings, name) for name in values} == {name: v for name, (_, v) in values.items()}
+
+
+def test_every_setting_but_the_endpoint_can_be_set(home: dict[str, str]) -> None:
+    for field in dataclasses.fields(Settings):
+        given = {**home, f"WEIGHTCACHE_{field.name.upper()}": "1"} | {"WEIGHTCACHE_RANGE_BYTES": "1MiB"}
+        if field.name == "s3_endpoint":
+            with pytest.raises(ConfigError, match="unknown setting"):
+                read_settings(given)
+        else:
+            assert getattr(read_settings(given), field.name) != field.default
+
+
+def test_empty_environment_value_counts_as_not_set(home: dict[str, str]) -> None:
+    assert read_settings({**home, "WEIGHTCACHE_CONNECTIONS": ""}).connections == 16
+
+
+def test_named_file_is_read_in_place_of_the_usual_one(home: dict[str, str], tmp_path: Path) -> None:
+    write_toml(home, "connections = 5")
+    (tmp_path / "mine.toml").write_text("threads = 4")
+    settings = read_settings({**home, "WEIGHTCACHE_CONFIG": str(tmp_path / "mine.toml")})
+    assert (settings.connections, settings.threads) == (16, 4)
+
+
+def test_xdg_folders_are_honoured_when_absolute(home: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "weightcache.toml").write_text("threads = 4")
+    settings = read_settings({**home, "XDG_CACHE_HOME": "/caches", "XDG_CONFIG_HOME": str(tmp_path)})
+    assert (settings.dir, settings.threads) == (Path("/caches/weightcache"), 4)
+    settings = read_settings({**home, "XDG_CACHE_HOME": "caches", "XDG_CONFIG_HOME": "configs"})
+    assert (settings.dir, settings.threads) == (tmp_path / ".cache/weightcache", 0)
+
+
+def test_relative_and_home_folders_become_absolute(home: dict[str, str]) -> None:
+    assert read_settings({**home, "WEIGHTCACHE_DIR": "here"}).dir == Path.cwd() / "here"
+    assert read_settings({**home, "WEIGHTCACHE_DIR": "~/here"}).dir == Path("~/here").expanduser()
+
+
+def test_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEIGHTCACHE_THREADS", "9")
+    assert read_settings().threads == 9
+    assert read_settings() == read_settings(dict(os.environ))
+
+
+def test_unknown_name_in_the_environment_is_an_error_with_the_nearest(home: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"'WEIGHTCACHE_CONECTIONS' in the environment.*CONNECTIONS'\?"):
+        read_settings({**home, "WEIGHTCACHE_CONECTIONS": "7"})
+
+
+def test_unknown_name_in_the_file_is_an_error_with_the_nearest(home: dict[str, str]) -> None:
+    path = write_toml(home, "ofline = true")
+    with pytest.raises(ConfigError, match=rf"'ofline' in {path} \(did you mean 'offline'\?\)") as caught:
+        read_settings(home)
+    assert caught.value.facts == {"setting": "ofline", "source": str(path)}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("connections", "0"),
+        ("connections", "513"),
+        ("connections", "-1"),
+        ("connections", "4.0"),
+        ("threads", "65"),
+        ("attempts", "0"),
+        ("attempts", "11"),
+        ("offline", "maybe"),
+        ("range_bytes", "1MB"),
+        ("range_bytes", "65MiB"),
+        ("disk_budget_bytes", "-5"),
+        ("disk_budget_bytes", "much"),
+        ("disk_budget_bytes", "5 XB"),
+        ("request_timeout_s", "nan"),
+        ("timeout_s", "inf"),
+        ("timeout_s", "-1"),
+        ("timeout_s", "soon"),
+    ],
+)
+def test_value_that_cannot_be_honoured_is_an_error(home: dict[str, str], name: str, value: str) -> None:
+    spelled = f"WEIGHTCACHE_{name.upper()}"
+    with pytest.raises(ConfigError, match=f"{spelled}.*is {value!r}: expected") as caught:
+        read_settings({**home, spelled: value})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "dir = 5",
+        'dir = ""',
+        "connections = true",
+        "connections = [1]",
+        "offline = 1",
+        "timeout_s = true",
+        "disk_budget_bytes = true",
+        "range_bytes = {}",
+    ],
+)
+def test_value_of_the_wrong_type_in_the_file_is_an_error(home: dict[str, str], line: str) -> None:
+    write_toml(home, line)
+    with pytest.raises(ConfigError, match=line.partition(" ")[0]):
+        read_settings(home)
+
+
+@pytest.mark.parametrize("text", ["connections 5", "a = 1\na = 2", b"\xff\xfe"])
+def test_file_that_is_not_toml_is_an_error(home: dict[str, str], text: str | bytes) -> None:
+    path = write_toml(home, text)
+    with pytest.raises(ConfigError, match=f"{path} is not TOML"):
+        read_settings(home)
+
+
+def test_named_file_that_cannot_be_read_is_an_error(home: dict[str, str], tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.toml", tmp_path):
+        with pytest.raises(ConfigError, match=f"cannot read the configuration {path}: "):
+            read_settings({**home, "WEIGHTCACHE_CONFIG": str(path)})
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("0", 0),
+        ("1500000", 1_500_000),
+        ("20GB", 20 * 10**9),
+        ("64 MiB", 64 * MIB),
+        (" 1.5k ", 1500),
+        ("2ti", 2 << 40),
+        (4096, 4096),
+    ],
+)
+def test_bytes_are_read_in_decimal_and_binary_units(text: object, nbytes: int) -> None:
+    assert read_bytes(text) == nbytes
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Settings(dir=Path("/")).offline = True  # type: ignore[misc]

@@ -1,0 +1,202 @@
+"""Own any fsspec URL that has no faster way of its own: gs, az, hf, http, memory and the like.
+
+Never trusts a file system to honour a range: what comes back must have the length that was asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from typing import Any, TypeVar
+from urllib.parse import quote, unquote
+
+import fsspec
+
+from weightcache.errors import (
+    AccessDeniedError,
+    ConfigError,
+    ModelNotFoundError,
+    OriginChangedError,
+    TransientOriginError,
+    WeightcacheError,
+)
+from weightcache.manifest import check_paths
+from weightcache.origins.base import Stat
+
+T = TypeVar("T")
+
+HTTP = ("http", "https")
+
+INDEX = "model.safetensors.index.json"
+# Asked for by name where a server lists nothing (plain http).
+WELL_KNOWN = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    INDEX,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+class FsspecOrigin:
+    """A folder behind any fsspec URL; its blocking calls run on threads of its own.
+
+    Args:
+        scheme: The fsspec protocol.
+        uri: The folder's URL.
+        storage_options: Handed to the file system as they are.
+        n_threads: Calls in flight.
+        file: The one file of the folder that counts, if a file was named.
+    """
+
+    def __init__(
+        self, scheme: str, uri: str, storage_options: Mapping[str, Any], n_threads: int, file: str | None = None
+    ) -> None:
+        self._scheme = scheme
+        self._uri = uri
+        self._file = file
+        self._options = dict(storage_options)
+        self._threads = ThreadPoolExecutor(n_threads, "weightcache-origin")
+        self._fs: Any = None
+
+    @property
+    def uri(self) -> str:
+        return self._uri
+
+    async def list(self) -> Sequence[Stat]:
+        return await self._call(self._list)
+
+    async def read_into(self, stat: Stat, start: int, views: Sequence[memoryview]) -> None:
+        stop = start + sum(len(view) for view in views)
+        body = await self._call(lambda: self._filesystem().cat_file(self._path(stat.path), start=start, end=stop))
+        if len(body) != stop - start:
+            await self.check_unchanged([stat])  # a file that shrank is no transient failure
+            raise TransientOriginError(
+                f"the server answered {len(body)} bytes, expected the {stop - start} of [{start}, {stop})"
+            )
+        at = 0
+        for view in views:
+            view[:] = body[at : at + len(view)]
+            at += len(view)
+
+    async def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)  # a stalled call may take as long as it likes
+
+    async def check_unchanged(self, stats: Sequence[Stat]) -> None:
+        """Raise OriginChangedError unless the files are still in these states; there is no If-Match in fsspec."""
+        for stat in stats:
+            if await self._call(functools.partial(self._look_at, stat.path)) != stat:
+                raise OriginChangedError(
+                    f"{self._uri}/{stat.path} changed while it was read; load again when its writer is done"
+                )
+
+    async def _call(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: self._translated(work))
+
+    def _translated(self, work: Callable[[], T]) -> T:
+        try:
+            return work()
+        except WeightcacheError:
+            raise
+        except FileNotFoundError as exc:
+            raise ModelNotFoundError(f"nothing at {self._uri} ({exc}): check the name", uri=self._uri) from exc
+        except PermissionError as exc:
+            raise AccessDeniedError(
+                f"{self._scheme} refused access to {self._uri}: check the credentials", uri=self._uri
+            ) from exc
+        except (ImportError, TypeError, ValueError) as exc:
+            raise ConfigError(f"the {self._scheme} file system cannot be used for {self._uri}: {exc}") from exc
+        except Exception as exc:
+            status = getattr(exc, "status", None) or getattr(exc, "code", None)
+            if status in (401, 403):
+                raise AccessDeniedError(f"{self._uri} answered {status}: check the credentials", uri=self._uri) from exc
+            raise TransientOriginError(f"{self._uri}: {type(exc).__name__}: {exc}") from exc
+
+    def _filesystem(self) -> Any:
+        if self._fs is None:
+            self._fs = fsspec.filesystem(self._scheme, **{"use_listings_cache": False, **self._options})
+        return self._fs
+
+    def _path(self, name: str) -> str:
+        return f"{self._uri}/{quote(name) if self._scheme in HTTP else name}"
+
+    def _look_at(self, name: str) -> Stat:
+        return self._stat(name, self._filesystem().info(self._path(name)))
+
+    def _list(self) -> Sequence[Stat]:
+        fs = self._filesystem()
+        if self._file is not None:
+            return [self._look_at(self._file)]
+        root = fs._strip_protocol(self._uri).rstrip("/")
+        found = self._find_http(fs) if self._scheme in HTTP else self._find(fs, root)
+        if not found:
+            raise ModelNotFoundError(
+                f"nothing at {self._uri}: expected a folder with safetensors; check the name and the credentials",
+                uri=self._uri,
+            )
+        return [self._stat(name, info) for name, info in sorted(found.items())]
+
+    def _find(self, fs: Any, root: str) -> dict[str, Mapping[str, Any]]:
+        listed = fs.find(root, detail=True)
+        names = ((path[len(root) :].removeprefix("/"), info) for path, info in listed.items())
+        return {name: info for name, info in names if name and not name.endswith("/")}  # markers of folders
+
+    def _find_http(self, fs: Any) -> dict[str, Mapping[str, Any]]:
+        """List a web folder by its links, or where there are none by the names every checkpoint uses."""
+        names: set[str] = set()
+        try:
+            base = self._uri + "/"
+            names = {unquote(url[len(base) :]) for url in fs.find(base) if url.startswith(base)}
+        except FileNotFoundError:
+            pass
+        found: dict[str, Mapping[str, Any]] = {}
+        wanted = sorted(names) or list(WELL_KNOWN)
+        for name in wanted:
+            try:
+                found[name] = fs.info(self._path(name))
+            except FileNotFoundError:
+                continue
+            if not names and name == INDEX:
+                wanted += self._shards_named(fs.cat_file(self._path(name)))
+        return found
+
+    def _shards_named(self, index: bytes) -> Sequence[str]:
+        """Return the files that an index names, if it is one; what is wrong with it, checkpoint.py says."""
+        try:
+            named = sorted({str(name) for name in json.loads(index)["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return []
+        check_paths(named)
+        return named
+
+    def _stat(self, name: str, info: Mapping[str, Any]) -> Stat:
+        if info.get("size") is None:
+            raise ModelNotFoundError(
+                f"{self._uri}/{name}: the server does not say its size (Content-Length), so no range of it can be "
+                "planned; serve it from a server that does",
+                uri=self._uri,
+            )
+        states = (
+            "ETag",
+            "etag",
+            "md5Hash",
+            "Content-MD5",
+            "mtime",
+            "LastModified",
+            "last_modified",
+            "updated",
+            "created",
+        )
+        state = next((info[key] for key in states if info.get(key)), "")
+        # Some file systems list a number of seconds and look up a datetime.
+        return Stat(name, int(info["size"]), str(state.timestamp() if isinstance(state, datetime) else state))

@@ -1,0 +1,144 @@
+"""Own reading a folder on this machine, in place, through the engine.
+
+Never follows a link out of the folder, and never maps a file: the file may shrink under a reader.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat as modes
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+
+from weightcache.errors import (
+    AccessDeniedError,
+    ModelNotFoundError,
+    OriginChangedError,
+    OriginError,
+    UnsafePathError,
+)
+from weightcache.files import read_file
+from weightcache.manifest import MAX_PATH_NBYTES
+from weightcache.origins.base import Stat
+
+
+class LocalOrigin:
+    """A folder of this machine's file system; reads run on the given workers."""
+
+    def __init__(self, folder: Path, workers: Executor, file: str | None = None) -> None:
+        self._folder = folder
+        self._workers = workers
+        self._file = file
+
+    @property
+    def uri(self) -> str:
+        return str(self._folder)
+
+    async def list(self) -> Sequence[Stat]:
+        return await asyncio.get_running_loop().run_in_executor(self._workers, self._list)
+
+    async def read_into(self, stat: Stat, start: int, views: Sequence[memoryview]) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._workers, self._read_into, stat, start, views)
+
+    async def check_unchanged(self, stats: Sequence[Stat]) -> None:
+        pass  # every read looks at the file's state before and after
+
+    async def close(self) -> None:
+        pass
+
+    def path(self, name: str) -> Path:
+        """Return where a listed file lies."""
+        return self._folder / name
+
+    def _list(self) -> Sequence[Stat]:
+        if self._file is not None:
+            return [self._stat(self._file)]
+        if not self._folder.is_dir():
+            raise ModelNotFoundError(f"no folder {self._folder}: expected a folder with safetensors", uri=self.uri)
+        found = [self._stat(name) for name in self._walk("")]
+        if not found:
+            raise ModelNotFoundError(f"the folder {self._folder} is empty: expected safetensors", uri=self.uri)
+        return found
+
+    def _walk(self, below: str) -> Iterator[str]:
+        try:
+            entries = sorted(os.scandir(self._folder / below), key=lambda entry: entry.name)
+        except PermissionError as exc:
+            raise AccessDeniedError(f"no permission to list {self._folder / below}", uri=self.uri) from exc
+        if len(below.encode(errors="surrogateescape")) > MAX_PATH_NBYTES:
+            raise UnsafePathError(
+                f"folders of {self._folder} are nested too deep: expected file names of at most {MAX_PATH_NBYTES} bytes",
+                path=self.uri,
+            )
+        for entry in entries:
+            name = f"{below}/{entry.name}" if below else entry.name
+            if entry.is_dir(follow_symlinks=False):
+                if entry.name != ".git":
+                    yield from self._walk(name)
+            else:
+                yield name
+
+    def _stat(self, name: str) -> Stat:
+        path = self._folder / name
+        try:
+            found = path.stat()
+        except FileNotFoundError as exc:
+            if path.is_symlink():
+                raise UnsafePathError(f"{path} is a link to nothing: remove or mend it", path=str(path)) from exc
+            raise ModelNotFoundError(f"no file {path}", uri=str(path)) from exc
+        except PermissionError as exc:
+            raise AccessDeniedError(f"no permission to read {path}", uri=str(path)) from exc
+        except (OSError, ValueError) as exc:
+            raise UnsafePathError(
+                f"{path} cannot be looked at ({exc}): expected a regular file", path=str(path)
+            ) from exc
+        if not modes.S_ISREG(found.st_mode):
+            raise UnsafePathError(
+                f"{path} is no regular file: a model holds files and folders only; remove it", path=str(path)
+            )
+        if path.is_symlink() and not self._may_follow(path.resolve()):
+            raise UnsafePathError(
+                f"{path} is a link that leaves the model's folder (to {path.resolve()}): copy the file instead",
+                path=str(path),
+            )
+        return Stat(name, found.st_size, _etag(found))
+
+    def _may_follow(self, target: Path) -> bool:
+        """Links may stay inside the folder, or lead to the blobs of the same Hugging Face cache entry."""
+        folder = self._folder.resolve()
+        if target.is_relative_to(folder):
+            return True
+        entry = folder.parent.parent
+        return folder.parent.name == "snapshots" and target.is_relative_to(entry / "blobs")
+
+    def _read_into(self, stat: Stat, start: int, views: Sequence[memoryview]) -> None:
+        path = self._folder / stat.path
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except PermissionError as exc:
+            raise AccessDeniedError(f"no permission to read {path}", uri=str(path)) from exc
+        except OSError as exc:
+            raise OriginChangedError(f"{path} is gone ({exc.strerror}): it was there when the load began") from exc
+        try:
+            self._check_unchanged(fd, path, stat)
+            at = start
+            for view in views:
+                n_read = read_file(path, fd, at, view)
+                if n_read != len(view):
+                    raise OriginChangedError(f"{path} ended at {at + n_read}, expected {stat.nbytes} bytes; load again")
+                at += len(view)
+            self._check_unchanged(fd, path, stat)
+        except OSError as exc:
+            raise OriginError(f"cannot read {path} at {start}: {exc.strerror or exc}; look at the disk") from exc
+        finally:
+            os.close(fd)
+
+    def _check_unchanged(self, fd: int, path: Path, stat: Stat) -> None:
+        if _etag(os.fstat(fd)) != stat.etag:
+            raise OriginChangedError(f"{path} changed while it was read; load again when its writer is done")
+
+
+def _etag(found: os.stat_result) -> str:
+    return f"{found.st_ino}-{found.st_size}-{found.st_mtime_ns}"

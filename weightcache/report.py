@@ -1,0 +1,89 @@
+"""Own what a load says of itself: where its time went, where its bytes came from, what was decided.
+
+Never holds a secret: URIs with credentials are refused before a report exists.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class Report:
+    """One load, as it was.
+
+    Attributes:
+        uri: The model as it was named.
+        revision: The state that was loaded.
+        device: Where its tensors lie; empty where none were made.
+        n_tensors, tensor_bytes: What was bound.
+        seconds: By stage, one after the other: import (torch and the S3 client, once a process), open, describe, look,
+            move, bind, files.
+        bytes: By tier they came from: `origin`, `disk`. Chunks carry small neighbours along and files beside the
+            weights count too, so the sum may pass `tensor_bytes`.
+        choices: What "auto" or the circumstances decided, each with its reason.
+        warnings: Every fallback that was taken.
+        n_requests, n_retries: At the origin, headers and listings included.
+        metadata_bytes: Headers, indexes and the like, read to describe the model.
+        stored_bytes: Written to the disk tier behind this load, so far.
+    """
+
+    uri: str
+    revision: str = ""
+    device: str = ""
+    n_tensors: int = 0
+    tensor_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=lambda: {"origin": 0, "disk": 0})
+    choices: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    n_requests: int = 0
+    n_retries: int = 0
+    metadata_bytes: int = 0
+    stored_bytes: int = 0
+
+    @property
+    def total_s(self) -> float:
+        """Seconds from the call to the last tensor."""
+        return sum(self.seconds.values())
+
+    @property
+    def gb_per_s(self) -> float:
+        """10^9 bytes brought per second of the whole load, imports left out."""
+        spent = self.total_s - self.seconds.get("import", 0.0)
+        return sum(self.bytes.values()) / 1e9 / spent if spent else 0.0
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the time of the block as this stage's."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as plain values, for JSON."""
+        return {
+            "uri": self.uri,
+            "revision": self.revision,
+            "device": self.device,
+            "n_tensors": self.n_tensors,
+            "tensor_bytes": self.tensor_bytes,
+            "seconds": {
+                **{name: round(value, 6) for name, value in self.seconds.items()},
+                "total": round(self.total_s, 6),
+            },
+            "bytes": dict(self.bytes),
+            "gb_per_s": round(self.gb_per_s, 3),
+            "n_requests": self.n_requests,
+            "n_retries": self.n_retries,
+            "metadata_bytes": self.metadata_bytes,
+            "stored_bytes": self.stored_bytes,
+            "choices": dict(self.choices),
+            "warnings": list(self.warnings),
+        }

@@ -1,0 +1,141 @@
+"""Own the process's threads: one loop thread (asyncio on uvloop), workers that read and verify, writers behind.
+
+Never holds a model or a file. Threads start at first use and are named weightcache-*; after a fork the child starts
+its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import logging
+import os
+import threading
+import traceback
+from collections.abc import Coroutine
+from typing import Any, Generic, TypeVar
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+N_WRITERS = 2
+EXIT_PATIENCE_S = 60.0
+
+
+class Runtime:
+    """The threads. `workers` and `writers` are executors; coroutines run through `run`."""
+
+    def __init__(self, n_workers: int) -> None:
+        import uvloop
+
+        self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+        self.workers = concurrent.futures.ThreadPoolExecutor(n_workers, "weightcache-worker")
+        self.writers = concurrent.futures.ThreadPoolExecutor(N_WRITERS, "weightcache-writer")
+        self._thread = threading.Thread(target=self._serve, name="weightcache-loop", daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()
+
+    def start(self, coroutine: Coroutine[Any, Any, T]) -> Job[T]:
+        """Start a coroutine on the loop thread."""
+        if threading.current_thread() is self._thread:
+            coroutine.close()
+            raise RuntimeError("weightcache was called from its own loop thread")
+        return Job(self.loop, coroutine)
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the loop thread and wait. Ctrl-C cancels it and waits until it has cleaned up."""
+        job = self.start(coroutine)
+        try:
+            return job.outcome.result()
+        except BaseException:
+            job.cancel()
+            raise
+
+    def close(self) -> None:
+        """End all threads; writes that wait are finished first."""
+        self.writers.shutdown(wait=True)
+        self.workers.shutdown(wait=True, cancel_futures=True)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+
+class Job(Generic[T]):
+    """A coroutine under way on the loop thread; `outcome` is its result."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> None:
+        self.outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self._loop = loop
+        self._coroutine = coroutine
+        self._task: asyncio.Task[T] | None = None
+        loop.call_soon_threadsafe(self._start)
+
+    def cancel(self) -> None:
+        """Stop it, and wait until it has cleaned up. Does nothing when it is done."""
+        if not self.outcome.done():
+            self._loop.call_soon_threadsafe(lambda: self._task and self._task.cancel())
+            concurrent.futures.wait([self.outcome], timeout=EXIT_PATIENCE_S)
+
+    def _start(self) -> None:
+        self._task = self._loop.create_task(self._coroutine)
+        self._task.add_done_callback(self._finish)
+
+    def _finish(self, task: asyncio.Task[T]) -> None:
+        if task.cancelled():
+            self.outcome.set_exception(concurrent.futures.CancelledError())
+        elif (exc := task.exception()) is not None:
+            _let_go(exc)
+            self.outcome.set_exception(exc)
+        else:
+            self.outcome.set_result(task.result())
+
+
+def _let_go(exc: BaseException | None) -> None:
+    """Drop the locals of the frames that an error has left: they form cycles, and hold a model's memory."""
+    while exc is not None:
+        traceback.clear_frames(exc.__traceback__)
+        if isinstance(exc, BaseExceptionGroup):
+            for each in exc.exceptions:
+                traceback.clear_frames(each.__traceback__)
+        exc = exc.__context__
+
+
+_lock = threading.Lock()
+_current: Runtime | None = None
+
+
+def runtime(n_workers: int = 0) -> Runtime:
+    """Return the process's runtime, made at the first call.
+
+    Args:
+        n_workers: Worker threads if it is made now; 0 means as many as processors, at least 4 and at most 8 (four
+            direct reads in flight reach the disk's ceiling, docs/decisions/003).
+    """
+    global _current
+    with _lock:
+        if _current is None:
+            n_processors = len(os.sched_getaffinity(0))
+            _current = Runtime(n_workers or min(8, max(4, n_processors)))
+            atexit.register(_close, _current)
+        return _current
+
+
+def _close(owned: Runtime) -> None:
+    global _current
+    if _current is owned:
+        owned.close()
+        _current = None
+
+
+def _after_fork_in_child() -> None:
+    # The threads stayed in the parent; what they hold must not be waited for here.
+    global _current, _lock
+    _lock = threading.Lock()
+    _current = None
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

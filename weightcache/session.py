@@ -1,0 +1,344 @@
+"""Own one request being served: the origin and tiers it needs opened, the model described, the moves decided.
+
+The one module that names concrete origins and tiers. Never moves a weight byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import functools
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from weightcache.behind import Behind
+from weightcache.checkpoint import describe
+from weightcache.config import Settings, read_settings
+from weightcache.digest import Digest
+from weightcache.errors import CapacityError, ConfigError, OfflineError, OriginUnreachableError, nearest
+from weightcache.files import file_system_of, is_network
+from weightcache.layout import ChunkKey, Layout, lay_out
+from weightcache.locks import Flight
+from weightcache.manifest import Manifest, Shard
+from weightcache.origins.base import Origin, Stat
+from weightcache.origins.resilient import Resilient
+from weightcache.planning import Plan, make_plan
+from weightcache.report import Report
+from weightcache.runtime import Runtime, runtime
+from weightcache.tiers.disk import DiskTier
+from weightcache.tiers.records import ModelRecord, model_key, shard_key
+from weightcache.transfer import Tally
+from weightcache.uri import Name, parse_uri
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+Patterns = str | Sequence[str] | None
+CACHE_MODES = ("auto", "disk", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a caller asks for; see `weightcache.load_model` for each field. `names` are exact, and not public."""
+
+    uri: str
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
+    cache: str = "auto"
+    offline: bool | None = None
+    include: Patterns = None
+    exclude: Patterns = None
+    names: frozenset[str] | None = None
+    timeout_s: float | None = None
+    progress: Progress | None = None
+
+
+class _Memory:
+    """Remembers shards in the disk tier; new descriptions are collected, to be written behind."""
+
+    def __init__(self, disk: DiskTier | None, url: str, endpoint: str) -> None:
+        self._disk = disk
+        self._base = f"{endpoint} {url}" if endpoint else url
+        self.fresh: list[tuple[str, Shard]] = []
+
+    def key(self, path: str, nbytes: int, etag: str) -> str:
+        return shard_key(f"{self._base}/{path}", nbytes, etag)
+
+    def recall(self, stat: Stat, prefix: str) -> Shard | None:
+        if self._disk is None or not stat.etag:
+            return None  # a file whose states cannot be told apart is described anew each time
+        return self._disk.recall_shard(self.key(stat.path, stat.nbytes, stat.etag), path=stat.path, prefix=prefix)
+
+    def remember(self, stat: Stat, shard: Shard) -> None:
+        self.fresh.append((self.key(stat.path, stat.nbytes, stat.etag), shard))
+
+
+@dataclass
+class Session:
+    """One request being served: everything that was opened for it."""
+
+    request: Request
+    settings: Settings
+    report: Report
+    threads: Runtime
+    name: Name
+    endpoint: str
+    origin: Resilient | None
+    local: Path | None
+    disk: DiskTier | None
+    manifest: Manifest = field(default_factory=lambda: Manifest.plain(()))
+    shard_keys: list[str] = field(default_factory=list)
+    held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    behind: Behind | None = None
+    flight: Flight | None = None
+    tally: Tally = field(default_factory=Tally)
+
+    @property
+    def key(self) -> str:
+        return model_key(str(self.name), self.endpoint)
+
+    async def close_origin(self) -> None:
+        if self.origin is not None:
+            self.report.n_requests += self.origin.ledger.n_requests
+            self.report.n_retries += self.origin.ledger.n_retries
+            await self.origin.close()
+            self.origin = None
+
+    def leave_disk(self, why: str) -> None:
+        """Go on without the disk tier."""
+        fall_back(self.report, why)
+        self.settle()
+        self.disk = None
+
+    def settle(self) -> Callable[[float | None], bool]:
+        """Ask nothing more of the disk tier: when all is written behind, what was learned is entered and it is closed.
+
+        Returns what waits for that and then knows the last of the report. May be called twice.
+        """
+        behind, self.behind = self.behind, None
+        if behind is None or self.disk is None:
+            return lambda timeout_s: True
+        shards = tuple(zip(self.shard_keys, self.manifest.shards, strict=True))
+        behind.seal(functools.partial(_finish, self.disk, self.flight, self.tally, shards))
+        report, tally, settled = self.report, self.tally, behind.settled
+
+        def wait(timeout_s: float | None) -> bool:
+            done = settled.wait(timeout_s)
+            report.stored_bytes = tally.stored_bytes
+            failure = f"the disk tier failed: {tally.disk_failure}"
+            if tally.disk_failure and failure not in report.warnings:
+                report.warnings.append(failure)
+            return done
+
+        return wait
+
+    def release(self) -> None:
+        """Let go of what is held for this model: its lease, and files outside the cache. May be called twice."""
+        self.held.close()
+
+
+def _finish(disk: DiskTier, flight: Flight | None, tally: Tally, shards: Sequence[tuple[str, Shard]]) -> None:
+    """Put what was learned into the records, and let go of the disk tier."""
+    try:
+        if tally.stored_bytes and not tally.disk_failure:
+            for key, shard in shards:
+                disk.consolidate(key, shard)
+    except OSError as exc:
+        log.warning("what was learned is not remembered in %s: %s", disk.root, exc)
+    finally:
+        if flight is not None:
+            flight.close()
+        disk.close()
+
+
+def open_session(request: Request, report: Report) -> Session:
+    settings = read_settings()
+    if request.timeout_s is not None:
+        if not 0 < request.timeout_s < math.inf:
+            raise ConfigError(f"timeout_s={request.timeout_s!r}: expected a positive number of seconds")
+        settings = replace(settings, timeout_s=request.timeout_s)
+    if request.cache not in CACHE_MODES:
+        raise ConfigError(
+            f"cache={request.cache!r}: expected one of {', '.join(CACHE_MODES)}{nearest(request.cache, CACHE_MODES)}"
+        )
+    name = parse_uri(request.uri, fsspec.available_protocols(), str(Path.cwd()))
+    offline = settings.offline if request.offline is None else request.offline
+    disk = _open_disk(request, settings, name, report)
+    threads = runtime(settings.threads)
+    session = Session(
+        request=request,
+        settings=settings,
+        report=report,
+        threads=threads,
+        name=name,
+        endpoint="",
+        origin=None,
+        local=Path(name.root) if name.scheme == "file" else None,
+        disk=disk,
+        behind=Behind(threads.writers) if disk is not None else None,
+    )
+    if name.scheme == "s3":
+        with report.stage("import"):
+            from weightcache.origins.s3 import endpoint_of
+        session.endpoint = endpoint_of(request.storage_options)
+    if offline and session.local is None:
+        if disk is None:
+            raise OfflineError(
+                f"{name} cannot be loaded offline without the disk tier: pass cache='auto'", uri=str(name)
+            )
+        report.choices["origin"] = "none: offline was asked for"
+    else:
+        deadline = threads.loop.time() + settings.timeout_s if settings.timeout_s else None
+        session.origin = Resilient(_make_origin(session), attempts=settings.attempts, deadline=deadline)
+    return session
+
+
+def _open_disk(request: Request, settings: Settings, name: Name, report: Report) -> DiskTier | None:
+    mode, reason = request.cache, "asked for"
+    if mode == "auto":
+        mode, reason = "disk", "the origin is not this machine"
+        if name.scheme == "file":
+            file_system = file_system_of(Path(name.root))
+            mode = "disk" if is_network(file_system) else "none"
+            reason = f"a folder on {file_system} is " + ("on a network" if mode == "disk" else "read in place")
+    report.choices["cache"] = f"{mode}: {reason}"
+    if mode == "none":
+        return None
+    try:
+        return DiskTier(settings.dir, settings.disk_budget_bytes)
+    except CapacityError as exc:
+        if request.cache == "disk":
+            raise
+        fall_back(report, f"no disk tier: {exc}")
+        report.choices["cache"] = "none: the cache folder cannot be used"
+        return None
+
+
+def _make_origin(session: Session) -> Origin:
+    name, settings, options = session.name, session.settings, session.request.storage_options
+    if name.scheme == "file":
+        from weightcache.origins.local import LocalOrigin
+
+        if options:
+            raise ConfigError(f"storage_options mean nothing for the local folder {name.root}: leave them out")
+        return LocalOrigin(Path(name.root), session.threads.workers, name.file)
+    if name.scheme == "s3":
+        from weightcache.origins.s3 import S3Origin
+
+        return S3Origin(name.root, options, settings.connections, settings.request_timeout_s, name.file)
+    from weightcache.origins.generic import FsspecOrigin
+
+    return FsspecOrigin(name.scheme, name.root, options, settings.connections, name.file)
+
+
+async def describe_model(session: Session) -> None:
+    """Learn what the model is: from the origin, or offline from what is remembered."""
+    memory = _Memory(session.disk, session.name.root, session.endpoint)
+    if session.origin is not None:
+        try:
+            session.manifest = await describe(session.origin, memory)
+        except OriginUnreachableError as exc:
+            # The origin is down, not against us: what this node knows of the model serves until it is back.
+            if session.disk is None or session.disk.recall_manifest(session.key) is None:
+                raise
+            fall_back(session.report, f"the origin cannot be reached, loading from this node: {exc}")
+            session.manifest = _remembered(session)
+        session.report.metadata_bytes += session.origin.ledger.bytes_received
+    else:
+        session.manifest = _remembered(session)
+    shards = session.manifest.shards
+    session.shard_keys = [memory.key(shard.path, shard.nbytes, shard.etag) for shard in shards]
+    session.report.revision = str(session.manifest.revision)
+    if session.disk is None:
+        return
+    try:
+        session.held.callback(session.disk.lease(session.key).release)
+    except OSError as exc:
+        session.leave_disk(f"no disk tier: {session.disk.root} cannot be written ({exc.strerror or exc})")
+        return
+    record = ModelRecord(
+        session.key,
+        str(session.name),
+        session.endpoint,
+        tuple((key, shard.path, shard.prefix) for key, shard in zip(session.shard_keys, shards, strict=True)),
+    )
+    assert session.behind is not None
+    session.behind.submit(_remember, session.disk, memory.fresh, record)
+
+
+def _remembered(session: Session) -> Manifest:
+    manifest = session.disk.recall_manifest(session.key) if session.disk is not None else None
+    if manifest is None:
+        raise OfflineError(
+            f"{session.name} is not on this node: load or prefetch it once without offline (weightcache ls shows what is "
+            "here)",
+            uri=str(session.name),
+        )
+    return manifest
+
+
+def _remember(disk: DiskTier, fresh: Sequence[tuple[str, Shard]], record: ModelRecord) -> None:
+    try:
+        for key, shard in fresh:
+            disk.records.remember_shard(key, shard)
+        disk.records.remember_model(record)
+        disk.records.touch(record.key, time.time())
+    except OSError as exc:
+        log.warning("what was learned of %s is not remembered: %s", record.uri, exc)
+
+
+def fall_back(report: Report, what: str) -> None:
+    """Note a fallback: logged, and counted in the report."""
+    log.warning("%s", what)
+    report.warnings.append(what)
+
+
+def wanted_names(request: Request) -> Callable[[str], bool]:
+    if request.names is not None:
+        return request.names.__contains__
+    include = _patterns(request.include)
+    exclude = _patterns(request.exclude) or []
+
+    def wanted(name: str) -> bool:
+        return (include is None or any(fnmatch.fnmatchcase(name, each) for each in include)) and not any(
+            fnmatch.fnmatchcase(name, each) for each in exclude
+        )
+
+    return wanted
+
+
+def _patterns(given: Patterns) -> list[str] | None:
+    return None if given is None else [given] if isinstance(given, str) else list(given)
+
+
+def lay_out_wanted(session: Session) -> Layout:
+    layout = lay_out(session.manifest, wanted_names(session.request))
+    if not layout.tensors and (session.request.include or session.request.exclude):
+        names = [name for name, _, _ in session.manifest.tensors()]
+        hint = nearest((_patterns(session.request.include) or [""])[0], names)
+        raise ConfigError(
+            f"include={session.request.include!r}, exclude={session.request.exclude!r} leave none of the {len(names)} "
+            f"tensors of {session.name}{hint}"
+        )
+    return layout
+
+
+def decide(session: Session, keys: Sequence[ChunkKey]) -> Plan:
+    manifest, stored = session.manifest, set[Digest]()
+    if session.disk is not None:
+        known = (manifest.shards[shard].chunks[chunk].digest for shard, chunk in keys)
+        try:
+            stored = session.disk.look({digest for digest in known if digest is not None})
+        except OSError as exc:
+            session.leave_disk(f"the disk tier cannot be read: {exc}")
+    return make_plan(manifest, keys, stored, session.settings.range_bytes)
+
+
+def sizes_of(manifest: Manifest, keys: Sequence[ChunkKey]) -> dict[ChunkKey, int]:
+    return {key: manifest.shards[key[0]].chunks[key[1]].nbytes for key in keys}

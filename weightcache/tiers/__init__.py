@@ -1,0 +1,1 @@
+"""Places on this node that hold chunks."""

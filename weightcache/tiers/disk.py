@@ -1,0 +1,502 @@
+"""Own the disk tier: chunks as files named by their digest, within a byte budget.
+
+Never shows a chunk before it is whole, synced and checked; never truncates one.
+
+    weightcache.json            format version
+    chunks/<aa>/<digest>        a chunk, padded with zeros to 4 KiB so that direct reads have no tail case
+    staging/                    files being written
+    quarantine/                 rotten chunks, the newest few, for a post-mortem
+    catalogue/                  see catalogue.py
+    leases/, flight             see locks.py
+    shards/, models/            see records.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from weightcache import _engine
+from weightcache.digest import Digest, checksum
+from weightcache.errors import CacheFormatError, CapacityError
+from weightcache.files import (
+    file_system_of,
+    is_network,
+    publish,
+    publish_bytes,
+    read_file,
+    remove_dead,
+    staged,
+    sweep,
+    write_past_page_cache,
+)
+from weightcache.layout import pages
+from weightcache.locks import Flight, Lease, exclusive, leased_models
+from weightcache.manifest import CHUNK_LIMIT_NBYTES, FORMAT_VERSION, Manifest, Shard
+from weightcache.tiers.catalogue import Catalogue, CatalogueDamagedError, discard
+from weightcache.tiers.eviction import HIGH_WATERMARK, LOW_WATERMARK, Resident, choose_victims
+from weightcache.tiers.records import ModelRecord, Records
+
+log = logging.getLogger(__name__)
+
+AUTO_BUDGET_SHARE = 0.8
+N_QUARANTINED = 4
+
+
+class DiskTier:
+    """The disk tier below one cache folder. Safe to use from threads and processes.
+
+    Args:
+        root: The cache folder; made if it is not there.
+        budget_bytes: Most bytes of chunks and files; 0 means a share of what the file system has free.
+
+    Raises:
+        CacheFormatError: The folder was written by an unknown version; it is left untouched.
+        CapacityError: The folder cannot be made or written.
+    """
+
+    def __init__(self, root: Path, budget_bytes: int = 0) -> None:
+        self.root = root
+        self._chunks = root / "chunks"
+        self.staging = root / "staging"
+        self._bounce = threading.local()
+        self._known: dict[Digest, int | None] = {}  # checksums; written under the GIL, one entry at a time
+        try:
+            self._make_folders()
+            self.records = Records(root, self.staging)
+            self._catalogue = self._open_catalogue()
+            self.budget_bytes = budget_bytes or self._auto_budget()
+            if sweep(self.staging):
+                self.make_room()  # what the dead had reserved is free again
+        except OSError as exc:
+            raise CapacityError(
+                f"the cache folder {root} cannot be used ({exc.strerror or exc}): set WEIGHTCACHE_DIR to a writable "
+                "folder on a local disk, or load with cache='none'",
+                path=str(root),
+            ) from exc
+
+    def _make_folders(self) -> None:
+        marker = self.root / "weightcache.json"
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            version = json.loads(marker.read_bytes()).get("version")
+            is_new = False
+        except FileNotFoundError:
+            version, is_new = FORMAT_VERSION, True
+        except (ValueError, AttributeError) as exc:
+            raise CacheFormatError(
+                f"{marker} is not readable ({exc}): use another cache folder", path=str(marker)
+            ) from exc
+        if version != FORMAT_VERSION:
+            raise CacheFormatError(
+                f"the cache folder {self.root} has format version {version!r}, this weightcache knows {FORMAT_VERSION}: "
+                "update weightcache or use another folder; nothing was touched",
+                path=str(self.root),
+            )
+        for folder in (self.staging, self.root / "quarantine", self.root / "leases", self._chunks):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        if is_new:
+            if is_network(file_system := file_system_of(self.root)):
+                log.warning("the cache folder %s lies on %s: a local disk is faster and safer", self.root, file_system)
+            for number in range(256):
+                (self._chunks / f"{number:02x}").mkdir(mode=0o700, exist_ok=True)
+            publish_bytes(json.dumps({"version": FORMAT_VERSION}).encode(), marker, self.staging)
+
+    def _auto_budget(self) -> int:
+        volume = os.statvfs(self.root)
+        free = volume.f_bavail * volume.f_frsize
+        return int(AUTO_BUDGET_SHARE * (free + max(0, self.used_bytes())))
+
+    # -- chunks (the Tier contract)
+
+    def look(self, digests: Iterable[Digest]) -> set[Digest]:
+        found: set[Digest] = set()
+        wanted = [digest for digest in digests if digest not in found]
+        with self._catalogue.transaction():
+            rows = [(digest, self._row(digest)) for digest in wanted]
+        for digest, row in rows:
+            if row is not None:
+                self._known[digest] = row[1]
+                found.add(digest)
+        return found
+
+    def _row(self, digest: Digest) -> tuple[int, int | None] | None:
+        """Return what the catalogue says of a chunk: its bytes, and its checksum where it is known."""
+        row = self._catalogue.get(f"chunk:{digest.hex}")
+        match row:
+            case None:
+                return None
+            case [int(nbytes), int() | None as expected]:
+                return nbytes, expected
+        raise self._catalogue.damage(f"chunk:{digest.hex} is no number and checksum")
+
+    def read_into(self, digest: Digest, target: memoryview) -> bool:
+        path = self._path(digest)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            self._clear(digest)
+            return False
+        except OSError as exc:
+            log.warning("chunk %s cannot be opened (%s) and is fetched again", digest, exc.strerror)
+            return False
+        try:
+            for _ in range(2):  # a mismatch is read once more, past the page cache, before it counts as rot
+                if read_file(path, fd, 0, target) == len(target) and self._is_right(digest, target):
+                    return True
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        except OSError as exc:
+            log.warning("chunk %s cannot be read (%s)", digest, exc.strerror)
+        finally:
+            os.close(fd)
+        self.quarantine(digest)
+        return False
+
+    def write(self, digest: Digest, checksum: int, content: memoryview) -> bool:
+        nbytes = pages(len(content))
+        if self._holds(digest):
+            return True
+        with staged(self.staging, nbytes) as (fd, path):
+            if not self._reserve(nbytes):
+                return False
+            new = False
+            try:
+                stored = self._fill(fd, content, nbytes, checksum)
+                if stored and not self._holds(digest):
+                    publish(fd, path, self._path(digest))
+                    new = self._enter(digest, len(content), checksum)
+            finally:
+                if not new:
+                    self._catalogue.add("used_bytes", -nbytes)
+        return stored
+
+    def _holds(self, digest: Digest) -> bool:
+        """Tell whether a chunk is here, and clear away what is left of one that was lost or never entered."""
+        there = self._path(digest).exists()
+        if there and self.look([digest]):
+            return True
+        self._clear(digest)
+        return False
+
+    def _clear(self, digest: Digest) -> None:
+        """Clear away a row without a file, or a file without a row."""
+        path = self._path(digest)
+        with self._catalogue.transaction():
+            row, nbytes = self._row(digest), _size_of(path)
+            if row is not None and not path.exists():
+                self._remove(digest, row[0])
+            elif row is None and nbytes and remove_dead(path):  # a living writer holds it locked until it is entered
+                self._catalogue.add("used_bytes", -nbytes)
+
+    def _fill(self, fd: int, content: memoryview, nbytes: int, expected: int) -> bool:
+        """Write padded content into a staged file, unless it no longer has its checksum."""
+        if not hasattr(self._bounce, "memory"):
+            self._bounce.memory = _engine.Memory(CHUNK_LIMIT_NBYTES)
+        bounce = memoryview(self._bounce.memory)[:nbytes]
+        # The content's owner may write into it at any time, so what is checked and stored is a copy.
+        np.copyto(np.frombuffer(bounce, np.uint8)[: len(content)], np.frombuffer(content, np.uint8))
+        bounce[len(content) :] = bytes(nbytes - len(content))
+        if checksum(bounce[: len(content)]) != expected:
+            log.info("a chunk was written into before it was stored; it is not cached")
+            return False
+        write_past_page_cache(fd, bounce)
+        return True
+
+    def _enter(self, digest: Digest, nbytes: int, expected: int) -> bool:
+        """Enter a published chunk into the catalogue; tell whether it was not there, so that its bytes are new."""
+        with self._catalogue.transaction():
+            new = self._row(digest) is None
+            self._catalogue.set(f"chunk:{digest.hex}", [nbytes, expected])
+        self._known[digest] = expected
+        return new
+
+    def drop(self, digest: Digest) -> None:
+        with self._catalogue.transaction():
+            row = self._row(digest)
+            if row is not None:
+                self._path(digest).unlink(missing_ok=True)
+                self._remove(digest, row[0])
+        self._clear(digest)
+
+    def quarantine(self, digest: Digest) -> None:
+        """Set a rotten chunk aside: from now on it is a miss."""
+        log.warning("chunk %s on disk is rotten: it is set aside and fetched again", digest)
+        folder = self.root / "quarantine"
+        with self._catalogue.transaction():
+            row = self._row(digest)
+            if row is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    self._path(digest).rename(folder / digest.hex)
+                self._remove(digest, row[0])
+        self._clear(digest)
+        kept = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
+        for path in kept[:-N_QUARANTINED]:
+            path.unlink(missing_ok=True)
+
+    def _is_right(self, digest: Digest, content: memoryview) -> bool:
+        expected = self._known.get(digest)
+        if expected is not None:
+            return checksum(content) == expected
+        if Digest.of(content) != digest:
+            return False
+        self._known[digest] = checksum(content)
+        with self._catalogue.transaction():  # only what is entered is counted, and it may have been dropped meanwhile
+            if self._row(digest) is not None:
+                self._catalogue.set(f"chunk:{digest.hex}", [len(content), self._known[digest]])
+        return True
+
+    def _remove(self, digest: Digest, nbytes: int) -> None:
+        """Take a chunk out of the catalogue, in the transaction that its file leaves in: who counts waits for both."""
+        self._known.pop(digest, None)
+        self._catalogue.delete(f"chunk:{digest.hex}")
+        self._catalogue.add("used_bytes", -pages(nbytes))
+
+    def _path(self, digest: Digest) -> Path:
+        return self._chunks / digest.hex[:2] / digest.hex
+
+    # -- what is learned of shards
+
+    def recall_shard(self, key: str, *, path: str, prefix: str = "") -> Shard | None:
+        """Return the remembered shard with every digest learned so far, or None."""
+        shard = self.records.recall_shard(key, path=path, prefix=prefix)
+        if shard is None:
+            return None
+        missing = [index for index, chunk in enumerate(shard.chunks) if chunk.digest is None]
+        return shard.with_digests(self.learned(key, missing)) if missing else shard
+
+    def recall_manifest(self, key: str) -> Manifest | None:
+        """Return what a model was when it was last described, or None when a part of that is lost."""
+        record = self.records.recall_model(key)
+        if record is None:
+            return None
+        shards = [self.recall_shard(shard, path=path, prefix=prefix) for shard, path, prefix in record.shards]
+        return Manifest.plain(shard for shard in shards if shard) if all(shards) else None
+
+    def learned(self, key: str, indexes: Iterable[int]) -> dict[int, Digest]:
+        """Return the digests of these chunks of a shard, where their bytes have arrived on this node."""
+        with self._catalogue.transaction():
+            rows = [(index, self._catalogue.get(f"learned:{key}:{index}")) for index in indexes]
+        try:
+            return {index: Digest.parse(row) for index, row in rows if row is not None}
+        except (TypeError, ValueError) as exc:
+            raise self._catalogue.damage(f"what was learned of shard {key} is no digest") from exc
+
+    def learn(self, key: str, index: int, digest: Digest) -> None:
+        """Note the digest of a chunk that is published."""
+        self._catalogue.set(f"learned:{key}:{index}", str(digest))
+
+    def consolidate(self, key: str, shard: Shard) -> None:
+        """Enter what was learned of a shard into its record, so that a lost catalogue loses none of it.
+
+        The rows stay: a load that described the shard earlier still asks for them.
+        """
+        with exclusive(self.root / "records.lock"):
+            recorded = self.records.recall_shard(key, path=shard.path) or shard
+            missing = [index for index, chunk in enumerate(recorded.chunks) if chunk.digest is None]
+            learned = self.learned(key, missing)
+            if learned:
+                self.records.remember_shard(key, recorded.with_digests(learned))
+
+    def _forget_shard(self, key: str, path: str) -> None:
+        shard = self.records.recall_shard(key, path=path)
+        self.records.forget_shard(key)
+        if shard is not None:
+            with self._catalogue.transaction():
+                for index in range(len(shard.chunks)):
+                    self._catalogue.delete(f"learned:{key}:{index}")
+
+    # -- holds
+
+    def lease(self, model: str) -> Lease:
+        """Keep a model from eviction until released or until this process ends."""
+        return Lease(self.root / "leases", model)
+
+    def leased(self) -> set[str]:
+        return leased_models(self.root / "leases")
+
+    def flight(self) -> Flight:
+        return Flight(self.root / "flight")
+
+    # -- budget
+
+    def used_bytes(self) -> int:
+        return self._catalogue.count("used_bytes")
+
+    @contextlib.contextmanager
+    def counting(self, folder: Path) -> Iterator[None]:
+        """Count what the block writes into a folder of a model's files towards the budget."""
+        before = _tree_bytes(folder)
+        try:
+            yield
+        finally:
+            self._catalogue.add("used_bytes", _tree_bytes(folder) - before)
+
+    def _reserve(self, nbytes: int) -> bool:
+        """Count the bytes of a staged file towards the budget, making room where they do not fit."""
+        with self._catalogue.transaction():
+            self._catalogue.add("reserved_bytes", nbytes)
+            used = self._catalogue.add("used_bytes", nbytes)
+        if used <= HIGH_WATERMARK * self.budget_bytes or self.make_room():
+            return True
+        self._catalogue.add("used_bytes", -nbytes)
+        return False
+
+    def make_room(self) -> bool:
+        """Count anew what lies here, and evict until it fits into the budget; tell whether it does."""
+        with exclusive(self.root / "evict.lock"):
+            before = self._catalogue.count("reserved_bytes")
+            # Staged files first: one that is published meanwhile counts twice, but none is missed.
+            used = sum(_size_of(path) for path in self.staging.iterdir())
+            sizes = {digest: _size_of(path) for digest, path in self._chunk_files()}
+            used += sum(sizes.values()) + self._file_bytes()
+            if used > HIGH_WATERMARK * self.budget_bytes:
+                residents = {record.key: self._resident(record) for record in self.records.models()}
+                owned = frozenset[Digest]().union(*(resident.chunks for resident in residents.values()))
+                for digest in sizes.keys() - owned:
+                    self.drop(digest)
+                    used -= sizes.pop(digest)
+                to_free = used - int(LOW_WATERMARK * self.budget_bytes)
+                used -= self.evict(victim.key for victim in choose_victims(residents.values(), sizes, to_free))
+            with self._catalogue.transaction():
+                used += self._catalogue.count("reserved_bytes") - before
+                self._catalogue.set("used_bytes", used)
+            return used <= HIGH_WATERMARK * self.budget_bytes
+
+    def _resident(self, record: ModelRecord) -> Resident:
+        held = record.pinned or record.key in self.leased()
+        return Resident(record.key, frozenset(self.chunks_of(record)), record.last_use_s, held=held)
+
+    def chunks_of(self, record: ModelRecord) -> Mapping[Digest, int]:
+        """Return the known digests of a model's chunks, with their sizes."""
+        shards = (self.recall_shard(key, path=path) for key, path, _ in record.shards)
+        return {
+            chunk.digest: chunk.nbytes
+            for shard in shards
+            if shard
+            for chunk in shard.chunks
+            if chunk.digest is not None
+        }
+
+    def total_bytes(self, record: ModelRecord) -> int:
+        """Return the size of all files of a model."""
+        shards = (self.records.recall_shard(key, path=path) for key, path, _ in record.shards)
+        return sum(shard.nbytes for shard in shards if shard)
+
+    def inspect(self, digest: Digest, nbytes: int, *, deep: bool) -> str:
+        """Return `sound`, `lost` or `rotten` for a chunk of known size; `deep` recomputes its digest."""
+        path = self._path(digest)
+        try:
+            if path.stat().st_size != pages(nbytes):
+                return "rotten"
+            if deep:
+                content = memoryview(_engine.Memory(nbytes))
+                with path.open("rb", buffering=0) as file:
+                    # What the disk holds counts, not what the page cache remembers.
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                    n_read = read_file(path, file.fileno(), 0, content)
+                if n_read != nbytes or Digest.of(content) != digest:
+                    return "rotten"
+        except FileNotFoundError:
+            return "lost"
+        except OSError:
+            return "rotten"
+        return "sound"
+
+    def evict(self, keys: Iterable[str]) -> int:
+        """Remove models: their records, their files and every chunk no other model has. Returns the bytes freed."""
+        chosen = set(keys)
+        gone = [record for record in self.records.models() if record.key in chosen]
+        kept = [record for record in self.records.models() if record.key not in chosen]
+        digests = frozenset[Digest]().union(*(self.chunks_of(record) for record in gone))
+        digests -= frozenset[Digest]().union(*(self.chunks_of(record) for record in kept))
+        kept_shards = {shard for record in kept for shard, _, _ in record.shards}
+        freed = 0
+        for record in gone:
+            log.info("evict %s from disk", record.uri)
+            files_bytes = _tree_bytes(self.records.files_folder(record.key))
+            self.records.forget_model(record.key)
+            self._catalogue.add("used_bytes", -files_bytes)
+            freed += files_bytes
+            for shard, path, _ in record.shards:
+                if shard not in kept_shards:
+                    self._forget_shard(shard, path)
+        for digest in digests:
+            freed += _size_of(self._path(digest))
+            self.drop(digest)
+        return freed
+
+    def _chunk_files(self) -> Iterator[tuple[Digest, Path]]:
+        for path in self._chunks.glob("??/*"):
+            if len(path.name) == 64:
+                yield Digest(path.name), path
+
+    def chunk_digests(self) -> list[Digest]:
+        """Return every chunk that has a file."""
+        return [digest for digest, _ in self._chunk_files()]
+
+    def _file_bytes(self) -> int:
+        return sum(_tree_bytes(self.records.files_folder(record.key)) for record in self.records.models())
+
+    # -- the catalogue's life
+
+    def _open_catalogue(self) -> Catalogue:
+        folder = self.root / "catalogue"
+        with contextlib.suppress(CatalogueDamagedError):
+            catalogue = Catalogue(folder)
+            if self._is_complete(catalogue):
+                return catalogue
+            catalogue.close()
+        with exclusive(self.root / "evict.lock"):  # one rebuilds it, the others find it done
+            try:
+                catalogue = Catalogue(folder)
+                complete = self._is_complete(catalogue)
+            except CatalogueDamagedError as exc:
+                log.warning("the catalogue is damaged and is rebuilt from the chunks: %s", exc)
+                discard(folder)
+                catalogue, complete = Catalogue(folder), False
+            if not complete:
+                self._rebuild(catalogue)
+            return catalogue
+
+    def _is_complete(self, catalogue: Catalogue) -> bool:
+        return catalogue.count("used_bytes") >= 0 and catalogue.get("complete") is True
+
+    def _rebuild(self, catalogue: Catalogue) -> None:
+        """Fill an empty catalogue from the chunk files; their checksums are learned when they are next read."""
+        nbytes: dict[Digest, int] = {}
+        for record in self.records.models():
+            for key, name, _ in record.shards:
+                shard = self.records.recall_shard(key, path=name)
+                nbytes.update((chunk.digest, chunk.nbytes) for chunk in (shard.chunks if shard else ()) if chunk.digest)
+        used = self._file_bytes()
+        with catalogue.transaction():
+            for digest, path in self._chunk_files():
+                if digest in nbytes:
+                    used += _size_of(path)
+                    catalogue.set(f"chunk:{digest.hex}", [nbytes[digest], None])
+                else:
+                    path.unlink(missing_ok=True)  # nobody knows its size any more, so nobody can read it
+            catalogue.set("used_bytes", used)
+            catalogue.set("complete", True)
+
+    def close(self) -> None:
+        self._catalogue.close()
+
+
+def _tree_bytes(folder: Path) -> int:
+    return sum(_size_of(path) for path in folder.rglob("*") if path.is_file())
+
+
+def _size_of(path: Path) -> int:
+    """Return a file's size, 0 when it is gone: others evict while we count."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
