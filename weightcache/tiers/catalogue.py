@@ -18,6 +18,7 @@ import logging
 import os
 import shutil
 import sqlite3
+import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,6 +98,9 @@ class Catalogue:
         folder.mkdir(mode=0o700, exist_ok=True)
         (folder / diskcache.core.DBNAME).touch(mode=0o600)  # SQLite's other files take its mode over
         opened: list[sqlite3.Connection] = []
+        self._lock = threading.Lock()
+        self._n_calls = 0  # under way; a connection closed under its user takes the process with it
+        self._closed = False
         self._finalizer = weakref.finalize(self, _close_all, opened)
         self._finalizer.atexit = False  # writers may still be at work then
         if (folder / DAMAGED).exists():
@@ -154,8 +158,12 @@ class Catalogue:
             return [key for key in self._rows.iterkeys() if key.startswith(prefix)]
 
     def close(self) -> None:
-        """Close the connections of all threads; no other call may follow."""
-        self._finalizer()
+        """Refuse further calls, and close the connections of all threads when the last call under way has ended."""
+        with self._lock:
+            self._closed = True
+            idle = self._n_calls == 0
+        if idle:
+            self._finalizer()
 
     def damage(self, what: str) -> CatalogueDamagedError:
         """Close the catalogue for good, so that whoever opens it next rebuilds it. Returns the error to raise."""
@@ -166,12 +174,22 @@ class Catalogue:
 
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
+        with self._lock:
+            if self._closed:
+                raise CatalogueUnavailableError(f"{self._folder}: it was closed")
+            self._n_calls += 1
         try:
             yield
         except (sqlite3.OperationalError, sqlite3.ProgrammingError, diskcache.Timeout) as exc:
             raise CatalogueUnavailableError(f"{self._folder}: {exc or 'locked'}") from exc
         except (sqlite3.DatabaseError, json.JSONDecodeError) as exc:
             raise self.damage(str(exc)) from exc
+        finally:
+            with self._lock:
+                self._n_calls -= 1
+                last = self._closed and self._n_calls == 0
+            if last:
+                self._finalizer()
 
 
 def _close_all(opened: list[sqlite3.Connection]) -> None:
