@@ -1,52 +1,76 @@
 /*
- * Bytes of files: read into the caller's memory, or counted in the page cache. Never opens, closes or seeks.
+ * Bytes of files: read into the caller's memory, past the page cache or through it, and checked while they are
+ * hot; or counted in the page cache. Never seeks, and never writes outside the target.
  *
  * Sizes and offsets are bytes. Functions return 0 or -errno and keep no state of their own.
  */
 #ifndef WEIGHTCACHE_READER_H
 #define WEIGHTCACHE_READER_H
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 #include <sys/types.h>
 
+#include "checksum.h"
 #include "memory.h"
 
 /* What O_DIRECT asks of offset, address and length: 4096 suits every disk, 512 only some. */
 #define WC_ALIGNMENT ((size_t)4096)
 
-/*
- * One read in progress, used by one thread at a time. The descriptor and the target stay the caller's and
- * must outlive it.
- *
- * With O_DIRECT any offset, target and nbytes will do: whole blocks for which both offset and address are
- * aligned land in place, everything else goes through the bounce buffer.
- */
-struct wc_read {
+/* An open file description that one thread reads through, past the page cache or through it. */
+struct wc_file {
     int fd;
-    size_t alignment; /* WC_ALIGNMENT for O_DIRECT, else 1 */
-    off_t offset;     /* in the file, >= 0, of target[0] */
-    unsigned char *target;
-    size_t nbytes;
-    size_t done;             /* bytes of target that hold the file's */
-    bool ended;              /* done is nbytes, or the file ended */
-    size_t bounce_nbytes;    /* how large the bounce buffer will be if it is needed */
-    struct wc_memory bounce; /* start is NULL until it is needed */
+    bool borrowed;     /* fd is somebody else's, who may share it: it is not made direct, and not closed here */
+    bool is_direct;    /* whether O_DIRECT is set on fd now */
+    int refused_errno; /* why O_DIRECT cannot be had, 0 as long as it can */
 };
 
-/* Prepare to read [offset, offset + nbytes) of the file into target. */
-int wc_read_begin(struct wc_read *read, int fd, off_t offset, void *target, size_t nbytes);
+/* Open a regular file by its name below a folder. A link as the last part of the name is refused (-ELOOP). */
+int wc_file_open(struct wc_file *file, int folder_fd, const char *name);
 
 /*
- * Read about 16 MiB more; call it until it fails or read->ended.
- *
- * Returns early, with 0, when a signal interrupted it. Writes nothing outside target; bytes from done on are
- * undefined. -EINVAL for O_DIRECT means that this file wants to be read without.
+ * Open again what `fd` has open, so that both can be used without disturbing each other. Where /proc does not
+ * allow that, fd itself is borrowed: it must stay open, and is only read through the page cache.
  */
-int wc_read_some(struct wc_read *read);
+int wc_file_reopen(struct wc_file *file, int fd);
 
-/* Free the bounce buffer; call it once, after wc_read_begin, whatever that returned. */
-void wc_read_end(struct wc_read *read);
+/* Close it; call it once, after an open that succeeded. */
+void wc_file_close(struct wc_file *file);
+
+/* One thread's means of reading and what it did with them. Made with zeroes, freed by wc_reading_free. */
+struct wc_reading {
+    const atomic_int *stops[2]; /* when one is not 0, a read ends soon with -ECANCELED; may be NULL */
+    struct wc_memory bounce; /* where blocks go whose place O_DIRECT cannot reach; start is NULL until needed */
+    uint64_t direct_nbytes;  /* read past the page cache */
+    uint64_t cached_nbytes;  /* read through it */
+    int refused_errno;       /* why O_DIRECT could not be had where it was wanted, 0 where it could */
+};
+
+void wc_reading_free(struct wc_reading *reading);
+
+/* Where bytes of a file go. */
+struct wc_target {
+    unsigned char *start;
+    size_t nbytes;
+    bool is_padded;  /* memory goes on to the next multiple of WC_ALIGNMENT and may be written, if start is one too */
+    bool is_fresh;   /* it was perhaps never touched: each block is populated before it is read */
+    bool past_cache; /* what the page cache holds is not to be believed: read past it if at all possible */
+};
+
+/*
+ * Fill target with the file's bytes from offset on.
+ *
+ * Per 64 MiB: where the page cache holds four fifths of them they are read through it, else past it; small
+ * reads always through it. Whole blocks for which offset and address are aligned land in place; what cannot
+ * goes through the bounce buffer. Each step of some 256 KiB (through the cache) or 4 MiB (past it) is added
+ * to `sum`, if there is one, while it is hot; then offset must be a multiple of WC_ALIGNMENT.
+ *
+ * -ENODATA: the file ends before. -ECANCELED: it was stopped. On any error the content of target is undefined.
+ */
+int wc_file_read(struct wc_reading *reading, struct wc_file *file, off_t offset, struct wc_target target,
+                 struct wc_checksum *sum);
 
 /*
  * Set *resident to how many bytes of [offset, offset + nbytes) are in the page cache: whole pages, at most

@@ -27,14 +27,16 @@ LAYERS = (
     ("decisions", "chunking layout tiers.eviction"),
     ("plan", "planning"),
     ("engine", "_engine"),
-    ("machine", "behind files runtime"),
+    ("machine", "behind files machine operations runtime"),
     ("locks", "locks"),
     ("edges", "origins.local origins.generic origins.s3 origins.resilient tensors"),
     ("parts of tiers", "tiers.host tiers.catalogue tiers.records"),
-    ("tiers", "tiers.disk"),
+    ("tiers", "tiers.disk tiers.device"),
     ("motion", "checkpoint transfer"),
     ("a request", "session"),
-    ("its files", "modelfiles"),
+    ("its files", "modelfiles arrival"),
+    ("its delivery", "delivery"),
+    ("its windows", "windows"),
     ("conductor", "cache"),
     ("care", "upkeep diagnosis"),
 )
@@ -272,3 +274,12 @@ def test_import_is_light() -> None:
 @pytest.mark.parametrize("name", weightcache.__all__)
 def test_public_name_has_a_docstring(name: str) -> None:
     assert name == "__version__" or inspect.getdoc(getattr(weightcache, name))
+
+
+def test_only_the_binding_knows_python() -> None:
+    knows = {
+        path.name
+        for path in (ROOT / "ext").iterdir()
+        if "Python.h" in path.read_text() or "module.h" in path.read_text()
+    }
+    assert knows == {"module.h", "module.c", "module_memory.c", "module_device.c", "module_run.c"}

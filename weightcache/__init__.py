@@ -52,6 +52,7 @@ def load_model(
     uri: str | os.PathLike[str],
     device: str | torch.device = "auto",
     *,
+    dtype: str | torch.dtype | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     cache: str = "auto",
@@ -62,12 +63,15 @@ def load_model(
 ) -> LoadedModel:
     """Load a model's tensors.
 
-    The first load streams from the origin and fills the disk tier behind; later ones come from disk. Every byte is
-    verified before it is visible.
+    The first load streams from the origin to the device and fills the disk tier behind; later ones come from disk, or
+    from host memory where it was prefetched there. Every byte is verified before it is visible.
 
     Args:
         uri: A folder or prefix that holds safetensors (any fsspec URL or path), or one safetensors file.
-        device: "auto" is the current CUDA device where there is one, else the CPU.
+        device: "auto" is the current CUDA device where there is one, else the CPU. On a CUDA device the tensors lie in
+            one piece of torch's memory, each at a 256-byte boundary; work enqueued before on the current stream is
+            waited for, and what is enqueued on any stream afterwards sees them.
+        dtype: Convert floating-point tensors of 16 bits and more to this one, on the device; others stay as they are.
         include: Name patterns (`*`, `?`, `[…]`) of the tensors wanted; only the chunks that hold them are read.
         exclude: Name patterns of tensors to leave out.
         cache: "disk" keeps the chunks in the disk tier, "none" does not, "auto" does unless the folder is on a disk of
@@ -86,7 +90,7 @@ def load_model(
     from weightcache import cache as conductor
 
     request = _request(uri, include, exclude, cache, offline, storage_options, timeout_s, progress)
-    return conductor.load(request, device)
+    return conductor.load(request, device, dtype)
 
 
 def stream(
@@ -103,8 +107,10 @@ def stream(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) as tensors arrive, verified, in no fixed order.
 
-    A yielded tensor stays valid as long as it is held. Arguments and errors are those of `load_model`; an error may
-    come after some tensors were yielded. Leaving the loop early stops the transfer.
+    The model comes in groups of tensors of some 256 MiB, or of one larger tensor, two at a time: that is what is held
+    beside the tensors that the caller keeps. A yielded tensor stays valid as long as it is held, and keeps its group's
+    memory. Arguments and errors are those of `load_model`; an error may come after some tensors were yielded. Leaving
+    the loop early stops the transfer.
     """
     from weightcache import cache as conductor
 
@@ -148,7 +154,13 @@ def prefetch(
     timeout_s: float | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Bring a model to a tier of this node, so that the next load is warm. Returns when it is durable there."""
+    """Bring a model to a tier of this node, so that the next load is warm or hot.
+
+    Args:
+        tier: "disk", durable when this returns; or "host": this process's page-lockable memory, from which its loads
+            to the CPU are attached without a copy (who writes into a tensor gets a copy of that page) and those to a
+            device run at the link's speed. It stays until `evict`, the budget `host_budget_bytes`, or the process's end.
+    """
     from weightcache import cache as conductor
 
     request = _request(uri, None, None, "disk", None, storage_options, timeout_s, progress)

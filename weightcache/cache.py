@@ -8,35 +8,46 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import queue
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weightcache.arrival import Arrival, Counter, OnChunk, Passing
 from weightcache.checkpoint import select
-from weightcache.errors import CapacityError, ConfigError, OriginChangedError
-from weightcache.layout import ChunkKey, Layout
+from weightcache.delivery import (
+    Where,
+    account,
+    counter_of,
+    find_held,
+    home_for,
+    is_attached,
+    lay_out_for,
+    move,
+    open_for,
+    transfer_of,
+    using,
+)
+from weightcache.errors import CapacityError, ConfigError, OriginChangedError, nearest
+from weightcache.layout import lay_out
 from weightcache.manifest import Role
 from weightcache.modelfiles import PulledFiles, missing_file_keys, place_files
-from weightcache.origins.base import Stat
 from weightcache.planning import Plan
 from weightcache.report import Report
 from weightcache.session import (
-    Progress,
     Request,
     Session,
+    chunks_of,
     decide,
     describe_model,
     fall_back,
-    lay_out_wanted,
+    find_wanted,
     open_session,
     sizes_of,
     wanted_names,
 )
-from weightcache.tiers.host import Image, Scratch
-from weightcache.transfer import Destination, Keeping, Transfer
+from weightcache.tiers.host import HeldImage, Image, allocate_shared, host_budget_bytes, host_tier, image_bytes
+from weightcache.windows import Windows
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +55,8 @@ if TYPE_CHECKING:
     from weightcache.tensors import LoadedModel
 
 log = logging.getLogger(__name__)
+
+PREFETCH_TIERS = ("disk", "host")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +70,7 @@ class PlannedLoad:
     image_bytes: int
     n_shards: int
     n_files: int
+    host_bytes: int
     disk_bytes: int
     origin_bytes: int
     n_reads: int
@@ -67,139 +81,38 @@ class PlannedLoad:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
-class _Arrival:
-    """Where chunks go: tensors' into the image, files' into scratch memory; and who hears of it.
-
-    `on_tensor` is called with a tensor's index in the layout when it lies whole in its place; from worker threads.
-    """
-
-    def __init__(
-        self,
-        session: Session,
-        layout: Layout,
-        keys: Sequence[ChunkKey],
-        on_tensor: Callable[[int], None] = lambda index: None,
-    ) -> None:
-        sizes = sizes_of(session.manifest, keys)
-        self.image = Image(layout, sizes)
-        self.files: dict[ChunkKey, memoryview] = {}
-        self._scratch = Scratch(sizes)
-        self._counter = _Counter(session.request.progress, sum(sizes.values()))
-        image = self.image
-
-        def complete(index: int) -> None:  # no method: it would hold this object, and the image, in a cycle
-            image.settle(layout.tensors[index])
-            on_tensor(index)
-
-        self._completion = _Completion(layout, complete)
-
-    def claim(self, keys: Sequence[ChunkKey]) -> list[memoryview]:
-        return (self.image if keys[0] in self.image.layout.chunks else self._scratch).claim(keys)
-
-    def arrived(self, key: ChunkKey, view: memoryview) -> None:
-        if key in self.image.layout.chunks:
-            self._completion(key)
-        else:
-            self.files[key] = view
-        self._counter.add(len(view))
-
-
-class _Counter:
-    """Tells a progress callback how far a load is. Called from worker threads."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self._progress = progress
-        self._total = total
-        self._done = 0
-        self._lock = threading.Lock()
-
-    def add(self, nbytes: int) -> None:
-        if self._progress is not None:
-            with self._lock:
-                self._done += nbytes
-                self._progress(self._done, self._total)
-
-
-def _transfer(
-    session: Session,
-    destination: Destination,
-    on_chunk: Callable[[ChunkKey, memoryview], None],
-    *,
-    wait_for_disk: bool = False,
-) -> Transfer:
-    keeping = None
-    if session.disk is not None and session.behind is not None:
-        session.flight = session.disk.flight()
-        keeping = Keeping(session.disk, session.shard_keys, session.flight, session.behind)
-    return Transfer(
-        manifest=session.manifest,
-        origin=session.origin,
-        keeping=keeping,
-        destination=destination,
-        on_chunk=on_chunk,
-        threads=session.threads,
-        connections=session.settings.connections,
-        wait_for_disk=wait_for_disk,
-        tally=session.tally,
-    )
-
-
-async def _move(session: Session, transfer: Transfer, plan: Plan) -> None:
-    try:
-        await transfer.run(plan)
-        if session.origin is not None and plan.fetches:
-            shards = [session.manifest.shards[index] for index in sorted({fetch.shard for fetch in plan.fetches})]
-            await session.origin.check_unchanged([Stat(shard.path, shard.nbytes, shard.etag) for shard in shards])
-    finally:
-        tally, report = transfer.tally, session.report
-        report.bytes["origin"] += tally.origin_bytes
-        report.bytes["disk"] += tally.disk_bytes
-        if tally.followed_bytes:
-            report.choices["fetch"] = (
-                f"{tally.followed_bytes} of the bytes from disk were fetched by other processes meanwhile"
-            )
-        if tally.n_rotten:
-            report.warnings.append(f"{tally.n_rotten} chunks on disk were lost or rotten and fetched again")
-
-
-def load(request: Request, device: str | torch.device) -> LoadedModel:
+def load(request: Request, device: str | torch.device, dtype: str | torch.dtype | None = None) -> LoadedModel:
     """Bring a model's tensors to a device and bind them."""
     report = Report(uri=request.uri)
     try:
-        return _load(request, device, report)
+        return _load(request, device, dtype, report)
     except OriginChangedError as exc:
         fall_back(report, f"the model changed while it was loaded, starting again once: {exc}")
         again = Report(uri=request.uri, warnings=report.warnings)
-        return _load(request, device, again)
+        return _load(request, device, dtype, again)
 
 
-def _load(request: Request, device: str | torch.device, report: Report) -> LoadedModel:
+def _load(request: Request, device: str | torch.device, dtype: str | torch.dtype | None, report: Report) -> LoadedModel:
     with report.stage("import"):
-        from weightcache.tensors import Binder, LoadedModel, resolve_device
+        from weightcache.tensors import LoadedModel, resolve_dtype
     with report.stage("open"):
-        chosen, why = resolve_device(device)
-        if why:
-            report.choices["device"] = why
-        session = open_session(request, report)
+        wanted_dtype = resolve_dtype(dtype)
+        session, where = open_for(request, device, report)
     try:
-        arrival, layout = session.threads.run(_bring(session))
-        with report.stage("bind"):
-            memory = arrival.image.memory
-            report.choices["memory"] = arrival.image.pages()
-            binder = Binder.over(memory, chosen)
-            tensors = {placed.name: binder.bind(placed.entry, placed.offset) for placed in layout.tensors}
-        with report.stage("files"):
-            files = place_files(session, arrival.files)
+        if wanted_dtype is None:
+            tensors, files = _bring_whole(session, where)
+        else:
+            tensors, files = _bring_converted(session, where, wanted_dtype)
     except BaseException:
         session.release()
         raise
     finally:
         wait_stored = session.settle()
-    report.device = str(chosen)
+    report.device = str(where.chosen)
     report.n_tensors = len(tensors)
-    report.tensor_bytes = sum(placed.entry.nbytes for placed in layout.tensors)
+    report.tensor_bytes = sum(tensor.nbytes for tensor in tensors.values())
     log.info(
-        "loaded %s: %d tensors, %d bytes in %.3f s (%.2f GB/s; origin %d, disk %d)",
+        "loaded %s: %d tensors, %d bytes in %.3f s (%.2f GB/s; origin %d, disk %d, host %d)",
         report.uri,
         report.n_tensors,
         report.tensor_bytes,
@@ -207,107 +120,106 @@ def _load(request: Request, device: str | torch.device, report: Report) -> Loade
         report.gb_per_s,
         report.bytes["origin"],
         report.bytes["disk"],
+        report.bytes["host"],
     )
-
     return LoadedModel(tensors, files, report, session.release, wait_stored)
 
 
-async def _bring(session: Session) -> tuple[_Arrival, Layout]:
+def _bring_whole(session: Session, where: Where) -> tuple[dict[str, torch.Tensor], dict[str, Path]]:
+    """Bring all tensors into one image, or one slab, and bind them."""
+    from weightcache.tensors import Binder
+    from weightcache.tiers.device import Slab
+
+    report = session.report
+    arrival = session.threads.run(_bring(session, where))
+    with report.stage("bind"):
+        home = arrival.home
+        if not isinstance(home, Slab):
+            report.choices["memory"] = home.pages()
+        binder = Binder(home.base) if isinstance(home, Slab) else Binder.over(home.memory, where.chosen)
+        tensors = {placed.name: binder.bind(placed.entry, placed.offset) for placed in home.tensors}
+    with report.stage("files"):
+        files = place_files(session, arrival.files)
+    return tensors, files
+
+
+async def _bring(session: Session, where: Where) -> Arrival:
     """Describe, look, decide and move, within the deadline."""
     report = session.report
     try:
         with report.stage("describe"):
             await describe_model(session)
         with report.stage("look"):
-            layout = lay_out_wanted(session)
-            keys = [*layout.chunks, *missing_file_keys(session)]
-            plan = decide(session, keys)
+            wanted = find_wanted(session)
+            held = find_held(session, wanted)
+            keys = [*([] if is_attached(held, where) else chunks_of(wanted)), *missing_file_keys(session)]
+            plan = decide(session, keys, held.layout.chunks if held else ())
         with report.stage("move"):
-            arrival = _Arrival(session, layout, keys)
-            transfer = _transfer(session, arrival, arrival.arrived)
-            await _move(session, transfer, plan)
-        return arrival, layout
+            arrival = Arrival(session, home_for(session, wanted, where, held), keys, counter_of(session, keys))
+            with using(session, held, where):
+                await move(session, transfer_of(session, arrival, where.landing, held), plan)
+        return arrival
     finally:
+        account(session)
         await session.close_origin()
 
 
 def stream(request: Request, device: str | torch.device) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield tensors as they arrive; see `weightcache.stream`."""
-    from weightcache.tensors import CPU, Binder, resolve_device
-
-    report = Report(uri=request.uri)
-    chosen, _ = resolve_device(device)
-    session = open_session(request, report)
-    arrived: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # indexes of placements; None ends it
-    begun: queue.SimpleQueue[tuple[_Arrival, Layout] | None] = queue.SimpleQueue()
-
-    async def bring() -> None:
-        try:
-            await describe_model(session)
-            layout = lay_out_wanted(session)
-            plan = decide(session, list(layout.chunks))
-            arrival = _Arrival(session, layout, list(layout.chunks), arrived.put)
-            begun.put((arrival, layout))
-            await _move(session, _transfer(session, arrival, arrival.arrived), plan)
-        finally:
-            begun.put(None)
-            arrived.put(None)
-            await session.close_origin()
-
-    job = session.threads.start(bring())
+    session, where = open_for(request, device, Report(uri=request.uri))
+    windows_ahead = Windows(session, where)
     try:
-        ready = begun.get()
-        if ready is not None:
-            arrival, layout = ready
-            base = Binder.over(arrival.image.memory, CPU)
-            while (index := arrived.get()) is not None:
-                placed = layout.tensors[index]
-                tensor = base.bind(placed.entry, placed.offset)
-                yield placed.name, tensor if chosen.type == "cpu" else tensor.to(chosen)
-        job.outcome.result()
+        for wanted, tensor in windows_ahead:
+            yield wanted.name, tensor
     finally:
-        job.cancel()
+        windows_ahead.close()
         session.settle()
         session.release()
 
 
-class _Completion:
-    """Tells when a tensor's last chunk has arrived. Called from worker threads."""
+def _bring_converted(
+    session: Session, where: Where, dtype: torch.dtype
+) -> tuple[dict[str, torch.Tensor], dict[str, Path]]:
+    """Bring all tensors in windows, and convert each on its device into its place."""
+    from weightcache.tensors import allocate_converted
 
-    def __init__(self, layout: Layout, complete: Callable[[int], None]) -> None:
-        self._lock = threading.Lock()
-        self._complete = complete
-        self._left = [len(placed.chunks) for placed in layout.tensors]
-        self._tensors: dict[ChunkKey, list[int]] = {}
-        for index, placed in enumerate(layout.tensors):
-            for key in placed.chunks:
-                self._tensors.setdefault(key, []).append(index)
-            if not placed.chunks:
-                complete(index)
-
-    def __call__(self, key: ChunkKey) -> None:
-        for index in self._tensors[key]:
-            with self._lock:
-                self._left[index] -= 1
-                done = self._left[index] == 0
-            if done:
-                self._complete(index)
+    report = session.report
+    ahead = Windows(session, where, with_files=True)
+    try:
+        entries = {tensor.name: tensor.entry for tensor in ahead.begin()}
+        allocate = where.landing.allocate if where.landing else None
+        tensors = allocate_converted(entries, dtype, where.chosen, allocate)
+        for wanted, tensor in ahead:
+            tensors[wanted.name].copy_(tensor)
+        report.choices["dtype"] = f"floating-point tensors were converted to {dtype} on {where.chosen}"
+    finally:
+        ahead.close()
+    with report.stage("files"):
+        return tensors, place_files(session, ahead.files)
 
 
 def load_into(request: Request, module: torch.nn.Module, *, strict: bool) -> Report:
     """Fill a module in place; see `weightcache.load_into`."""
-    from weightcache.tensors import check_fit, fill_module, torch_form
+    from weightcache.tensors import check_fit, devices_of, fill_module, torch_form
 
     with _described(request) as session:
         wanted = wanted_names(request)
         shapes = {name: torch_form(entry)[1] for name, _, entry in session.manifest.tensors() if wanted(name)}
     names = check_fit(module, shapes, strict=strict)
     report = Report(uri=request.uri)
-    with load(replace(request, names=frozenset(names)), "cpu") as model:
-        with report.stage("fill"):
-            fill_module(module, model.items())
-        model.report.seconds.update(report.seconds)
-        return model.report
+    for device, names_there in devices_of(module, names).items():
+        session, where = open_for(replace(request, names=frozenset(names_there)), device, report)
+        ahead = Windows(session, where)
+        try:
+            fill_module(module, ((wanted.name, tensor) for wanted, tensor in ahead))
+            report.revision = str(session.manifest.revision)
+        finally:
+            ahead.close()
+            session.settle()
+            session.release()
+        report.device = str(where.chosen)
+    report.n_tensors = len(names)
+    return report
 
 
 @contextlib.contextmanager
@@ -332,17 +244,21 @@ def _described(request: Request) -> Iterator[Session]:
 def plan(request: Request) -> PlannedLoad:
     """Decide what a load would do; see `weightcache.plan`."""
     with _described(request) as session:
-        layout = lay_out_wanted(session)
-        decided = decide(session, [*layout.chunks, *missing_file_keys(session)])
+        wanted = find_wanted(session)
         manifest = session.manifest
+        held = find_held(session, wanted)
+        keys = [*chunks_of(wanted), *missing_file_keys(session)]
+        decided = decide(session, keys, held.layout.chunks if held else ())
+        image_nbytes = lay_out(manifest, wanted).nbytes
     return PlannedLoad(
         uri=request.uri,
         revision=str(manifest.revision),
-        n_tensors=len(layout.tensors),
-        tensor_bytes=sum(placed.entry.nbytes for placed in layout.tensors),
-        image_bytes=layout.nbytes,
+        n_tensors=len(wanted),
+        tensor_bytes=sum(tensor.entry.nbytes for tensor in wanted),
+        image_bytes=image_nbytes,
         n_shards=len(manifest.weights),
         n_files=sum(shard.role is Role.FILE for shard in manifest.shards),
+        host_bytes=decided.host_nbytes,
         disk_bytes=decided.disk_nbytes,
         origin_bytes=decided.origin_nbytes,
         n_reads=len(decided.reads),
@@ -352,17 +268,17 @@ def plan(request: Request) -> PlannedLoad:
 
 def prefetch(request: Request, tier: str) -> Report:
     """Bring a model to a tier of this node; see `weightcache.prefetch`."""
-    if tier != "disk":
-        raise ConfigError(
-            f"tier={tier!r}: a process by itself can prefetch to 'disk'; host memory needs a daemon to own it"
-        )
+    if tier not in PREFETCH_TIERS:
+        raise ConfigError(f"tier={tier!r}: expected one of {', '.join(PREFETCH_TIERS)}{nearest(tier, PREFETCH_TIERS)}")
     if request.cache == "none":
         raise ConfigError("prefetch with cache='none' would keep nothing: leave cache out")
     report = Report(uri=request.uri)
+    if tier == "host":
+        return _prefetch_to_host(replace(request, cache="auto"), report)
     with report.stage("open"):
         session = open_session(replace(request, cache="disk"), report)
 
-    def check_kept(*_: object) -> None:
+    def check_kept() -> None:
         if session.tally.disk_failure:
             raise CapacityError(
                 f"{session.name} cannot be kept on disk: {session.tally.disk_failure}; free some space, evict models or "
@@ -370,8 +286,47 @@ def prefetch(request: Request, tier: str) -> Report:
                 uri=str(session.name),
             )
 
-    _through(session, [Role.WEIGHTS, Role.FILE], check_kept, report, keep_only=True)
+    _through(session, [Role.WEIGHTS, Role.FILE], lambda key, view: check_kept(), report, keep_only=True)
     check_kept()
+    return report
+
+
+def _prefetch_to_host(request: Request, report: Report) -> Report:
+    """Bring a model's tensors into an image that this process keeps."""
+    with report.stage("open"):
+        session = open_session(request, report)
+
+    async def bring() -> None:
+        try:
+            with report.stage("describe"):
+                await describe_model(session)
+            with report.stage("look"):
+                wanted = find_wanted(session)
+                if find_held(session, wanted) is not None:
+                    return
+                keys = chunks_of(wanted)
+                sizes, layout = sizes_of(session.manifest, keys), lay_out_for(session, wanted)
+                host_tier.make_room(image_bytes(layout), host_budget_bytes(session.settings.host_budget_bytes))
+                memory = allocate_shared(image_bytes(layout), "weightcache")
+                image = Image(layout, sizes, memory)
+                plan = decide(session, keys)
+            with report.stage("move"):
+                arrival = Arrival(session, image, keys, counter_of(session, keys))
+                await move(session, transfer_of(session, arrival), plan)
+                held = HeldImage(str(session.name), str(session.manifest.revision), layout, memory)
+            report.choices["memory"] = held.pages()
+            host_tier.keep(session.key, held)
+        finally:
+            account(session)
+            await session.close_origin()
+
+    try:
+        session.threads.run(bring())
+    finally:
+        wait_stored = session.settle()
+        session.release()
+    with report.stage("settle"):
+        wait_stored(None)
     return report
 
 
@@ -393,7 +348,7 @@ def pull(request: Request, folder: Path) -> Report:
 def _through(
     session: Session,
     roles: Sequence[Role],
-    on_chunk: Callable[[ChunkKey, memoryview], None],
+    on_chunk: OnChunk,
     report: Report,
     *,
     before: Callable[[], None] = lambda: None,
@@ -410,18 +365,13 @@ def _through(
                 keys = select(session.manifest, roles)
                 decided = decide(session, keys)
                 if keep_only:
-                    decided = Plan((), decided.fetches)
-                counter = _Counter(session.request.progress, decided.disk_nbytes + decided.origin_nbytes)
-
-                def arrived(key: ChunkKey, view: memoryview) -> None:
-                    on_chunk(key, view)
-                    counter.add(len(view))
-
+                    decided = Plan((), (), decided.fetches)
+                counter = Counter(session.request.progress, decided.disk_nbytes + decided.origin_nbytes)
             with report.stage("move"):
-                scratch = Scratch(sizes_of(session.manifest, keys))
-                transfer = _transfer(session, scratch, arrived, wait_for_disk=True)
-                await _move(session, transfer, decided)
+                passing = Passing(session, keys, on_chunk, counter)
+                await move(session, transfer_of(session, passing, wait_for_disk=True), decided)
         finally:
+            account(session)
             await session.close_origin()
 
     try:

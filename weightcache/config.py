@@ -47,6 +47,9 @@ class Settings:
         attempts: Most tries of one request.
         request_timeout_s: Longest silence on a connection before its request counts as failed.
         timeout_s: Longest time a whole load may take; 0 means no limit.
+        host_budget_bytes: Most bytes of images that this process keeps in host memory, and of freed memory it keeps
+            for the next load; 0 means a half and an eighth of the memory that is available.
+        libcuda: The driver to open; another one is for tests.
     """
 
     dir: Path
@@ -58,6 +61,8 @@ class Settings:
     attempts: int = 3
     request_timeout_s: float = 30.0
     timeout_s: float = 0.0
+    host_budget_bytes: int = 0
+    libcuda: str = "libcuda.so.1"
 
 
 def read_settings(environment: Mapping[str, str] | None = None) -> Settings:
@@ -158,6 +163,12 @@ def _read_seconds(value: object) -> float:
     return seconds
 
 
+def _read_library(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("the name or path of a shared library")
+    return value
+
+
 def _read_range_bytes(value: object) -> int:
     nbytes = read_bytes(value)
     if not MIB <= nbytes <= 64 * MIB:
@@ -175,4 +186,6 @@ _READERS: Mapping[str, Callable[[object], object]] = {
     "attempts": _read_count(1, 10),
     "request_timeout_s": _read_seconds,
     "timeout_s": _read_seconds,
+    "host_budget_bytes": read_bytes,
+    "libcuda": _read_library,
 }

@@ -6,25 +6,24 @@ cache folder alone, and removes what it wrote to measure.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import resource
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from weightcache import _engine
+from weightcache import _engine, machine
 from weightcache._version import __version__
 from weightcache.config import MIB, read_settings
 from weightcache.digest import checksum
-from weightcache.errors import CapacityError, ConfigError, WeightcacheError
-from weightcache.files import file_system_of, is_network, read_file, staged, write_all
+from weightcache.errors import CapacityError, ConfigError, DeviceError, WeightcacheError
+from weightcache.files import file_system_of, is_network, staged, write_all
+from weightcache.operations import Counters, Crew, HostPlace, Operations
 from weightcache.tiers.disk import DiskTier
 
 PROBE_NBYTES = 128 * MIB
@@ -35,10 +34,6 @@ HUGE_PROBE_NBYTES = 32 * MIB
 SMALL_SHARED_NBYTES = 1 << 30  # containers get 64 MiB unless told otherwise
 FEW_PROCESSORS = 4
 FEW_OPEN_FILES = 1024
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
-CGROUPS = Path("/sys/fs/cgroup")
-CGROUP_MEMBERSHIP = Path("/proc/self/cgroup")
-NO_LIMIT = 1 << 60  # cgroup v1 spells "none" as a number just below 2^63
 
 # Botocore's ways to credentials that dial or run a program, and so are not tried, by the key that chooses them.
 UNTRIED_METHODS = {
@@ -111,20 +106,26 @@ def _torch() -> _Seen:
 def _gpu() -> _Seen:
     import torch
 
-    if torch.cuda.is_available():
-        devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        return _Seen("; ".join(f"{device.name}, {_size(device.total_memory)}" for device in devices))
-    built = torch.version.cuda
+    from weightcache.tiers.device import driver_of
+
+    built, n_seen = torch.version.cuda, torch.cuda.device_count() if torch.cuda.is_available() else 0
     try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError as exc:
+        driver = driver_of(read_settings().libcuda)
+    except DeviceError as exc:
         advice = "if there is a GPU, install its driver; in a container, start it with --gpus all"
-        return _Seen(f"none, there is no driver: {exc}", advice if built else "")
+        if n_seen:
+            return _Seen(f"{n_seen} that torch sees, filled by torch's own copies: {exc}", advice)
+        return _Seen(f"none: {exc}", advice if built else "")
+    kind = "a stand-in for a driver" if driver.is_stand_in else f"driver for CUDA {driver.version() // 1000}"
+    devices = [driver.describe(index) for index in range(driver.count())]
+    found = "; ".join(f"{name}, {_size(nbytes)}, {bus_id}" for name, bus_id, nbytes in devices) or "no device"
+    if n_seen or driver.is_stand_in:
+        return _Seen(f"{found} ({kind})")
     if not built:
         advice = "install a torch with CUDA: https://pytorch.org/get-started"
-        return _Seen("not usable: there is a driver, but this torch is built without CUDA", advice)
+        return _Seen(f"not usable, this torch is built without CUDA: {found} ({kind})", advice)
     advice = "look at nvidia-smi and CUDA_VISIBLE_DEVICES; the driver must be as new as torch's CUDA"
-    return _Seen(f"not usable: there is a driver, but torch with CUDA {built} sees no device", advice)
+    return _Seen(f"not usable, torch with CUDA {built} sees none: {found} ({kind})", advice)
 
 
 # -- disk
@@ -154,21 +155,23 @@ def _disk_speed() -> _Seen:
             closing(DiskTier(settings.dir, settings.disk_budget_bytes)) as disk,
             staged(disk.staging) as (fd, path),
         ):
-            write_s, read_s, n_resident = _probe(fd, path)
+            write_s, read_s, ways = _probe(fd, path)
     except (CapacityError, OSError) as exc:
         return _Seen(f"not measured: {exc}", "set WEIGHTCACHE_DIR to a folder that can be written", ok=False)
     write, read = (PROBE_NBYTES / 1e9 / seconds for seconds in (write_s, read_s))
-    way = "through the page cache: O_DIRECT is refused here" if n_resident > PROBE_NBYTES // 2 else "direct"
+    way = "past the page cache (O_DIRECT)" if ways.direct else "through the page cache"
+    if ways.refused:
+        way += f": O_DIRECT is refused here ({os.strerror(ways.refused)})"
     value = f"write {write:.2f} GB/s, read {read:.2f} GB/s ({way})"
     advice = "no load from the cache is faster than its disk: set WEIGHTCACHE_DIR to a folder on a local NVMe disk"
     return _Seen(value, advice if read < SLOW_DISK_GB_PER_S else "")
 
 
-def _probe(fd: int, path: Path) -> tuple[float, float, int]:
+def _probe(fd: int, path: Path) -> tuple[float, float, Counters]:
     """Write random bytes durably and read them back as a load does.
 
     Returns:
-        Seconds to write, seconds to read, and the bytes that the page cache holds afterwards.
+        Seconds to write, seconds to read, and which way was read.
     """
     written = os.urandom(PROBE_NBYTES)
     began = time.perf_counter()
@@ -179,53 +182,51 @@ def _probe(fd: int, path: Path) -> tuple[float, float, int]:
 
     memory = _engine.Memory(PROBE_NBYTES)
     memory.populate(0, PROBE_NBYTES)
-    view = memoryview(memory)
-
-    def read(start: int) -> int:
-        return read_file(path, fd, start, view[start : start + PROBE_READ_NBYTES])
-
-    with ThreadPoolExecutor(N_PROBE_READERS, "weightcache-doctor") as readers:
-        began = time.perf_counter()
-        n_read = sum(readers.map(read, range(0, PROBE_NBYTES, PROBE_READ_NBYTES)))
-        read_s = time.perf_counter() - began
-    if n_read != PROBE_NBYTES or checksum(view) != checksum(written):
+    operations, counters = Operations(), Counters()
+    for start in range(0, PROBE_NBYTES, PROBE_READ_NBYTES):
+        nbytes = min(PROBE_READ_NBYTES, PROBE_NBYTES - start)
+        operations.read_open(fd, start, nbytes, HostPlace(memory.address + start))
+    began = time.perf_counter()
+    failure = operations.run(Crew(N_PROBE_READERS, counters=counters))
+    read_s = time.perf_counter() - began
+    if failure is not None:
+        raise failure.as_error(str(path))
+    if checksum(memory) != checksum(written):
         raise OSError(f"{path} came back other than it was written: do not use this disk")
-    return write_s, read_s, _engine.resident_nbytes(fd, 0, PROBE_NBYTES)
+    return write_s, read_s, counters
 
 
 # -- memory
 
 
 def _huge_pages() -> _Seen:
-    mode = _chosen(HUGE_PAGES / "enabled")
-    memory = _engine.Memory(HUGE_PROBE_NBYTES)
+    mode = machine.huge_pages()
+    memory = _engine.Memory(HUGE_PROBE_NBYTES, fresh=True)
     memory.populate(0, HUGE_PROBE_NBYTES)
     granted = memory.huge_nbytes()
     value = f"{mode}; {_size(granted)} of {_size(HUGE_PROBE_NBYTES)} granted"
     if mode == "never":
-        return _Seen(value, f"memory is filled faster in huge pages: echo madvise > {HUGE_PAGES}/enabled")
+        return _Seen(value, f"memory is filled faster in huge pages: echo madvise > {machine.HUGE_PAGES}/enabled")
     if mode != "none" and granted < HUGE_PROBE_NBYTES:
         return _Seen(value, "free memory is in small pieces: echo 1 > /proc/sys/vm/compact_memory")
     return _Seen(value)
 
 
 def _shared_huge_pages() -> _Seen:
-    return _Seen(_chosen(HUGE_PAGES / "shmem_enabled"))
+    return _Seen(machine.shared_huge_pages())
 
 
 def _reserved_pages() -> _Seen:
-    facts = _meminfo()
+    facts = machine.meminfo()
     free = facts.get("HugePages_Free", 0)
-    nbytes = free * facts.get("Hugepagesize", 0)
-    advice = f"nothing uses these {_size(nbytes)}, and weightcache cannot: give them back with sysctl vm.nr_hugepages=0"
-    return _Seen(f"{facts.get('HugePages_Total', 0)} pages, {free} free", advice if free else "")
+    room = f": images of the host tier lie there, up to {_size(free * facts['Hugepagesize'])}" if free else ""
+    return _Seen(f"{facts.get('HugePages_Total', 0)} pages, {free} free{room}")
 
 
 def _memory() -> _Seen:
-    available = _meminfo()["MemAvailable"]
-    limits = [int(text) for text in _cgroup("memory", "memory.max", "memory.limit_in_bytes") if text.isdecimal()]
-    limit = min(limits, default=NO_LIMIT)
-    if limit >= NO_LIMIT:
+    available = machine.meminfo()["MemAvailable"]
+    limit = machine.memory_limit_bytes()
+    if limit >= machine.NO_LIMIT:
         return _Seen(f"{_size(available)} available, no cgroup limit")
     advice = "no larger model can be loaded here: raise the memory limit of the container or service"
     return _Seen(f"{_size(available)} available, cgroup limit {_size(limit)}", advice if limit < available else "")
@@ -247,18 +248,12 @@ def _shared_memory() -> _Seen:
 
 def _processors() -> _Seen:
     n_allowed = len(os.sched_getaffinity(0))
-    quota = min(map(_quota, _cgroup("cpu", "cpu.max", "cpu.cfs_quota_us")), default=float("inf"))
+    quota = machine.processor_quota()
     value = f"{n_allowed} of {os.cpu_count()} allowed"
     if quota < n_allowed:
         value += f", the time of {quota:g} by cgroup"
     few = min(quota, n_allowed) < FEW_PROCESSORS
     return _Seen(value, "reading and verifying run on all of them: allow 4 or more" if few else "")
-
-
-def _quota(text: str) -> float:
-    """Read cgroup v2's `quota period`, or v1's quota of its usual 100 ms, as processors; infinite without a quota."""
-    quota, _, period = text.partition(" ")
-    return int(quota) / int(period or 100_000) if quota.isdecimal() else float("inf")
 
 
 def _open_files() -> _Seen:
@@ -350,40 +345,7 @@ def _place(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
 
-# -- reading the system
-
-
-def _chosen(path: Path) -> str:
-    """Return the word in brackets of a kernel setting such as `always [madvise] never`; `none` if it is not there."""
-    try:
-        return path.read_text().partition("[")[2].partition("]")[0]
-    except FileNotFoundError:
-        return "none"
-
-
-def _meminfo() -> Mapping[str, int]:
-    """Return /proc/meminfo: sizes in bytes, HugePages_* in pages."""
-    facts: dict[str, int] = {}
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, rest = line.partition(":")
-        number, _, unit = rest.strip().partition(" ")
-        facts[name] = int(number) * (1024 if unit == "kB" else 1)
-    return facts
-
-
-def _cgroup(controller: str, name: str, name_v1: str) -> list[str]:
-    """Return what a file says in this process's cgroup and in each above it, of both versions of cgroups."""
-    found: list[str] = []
-    for line in CGROUP_MEMBERSHIP.read_text().splitlines():
-        _, controllers, below = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
-            continue
-        root, file = (CGROUPS / controller, name_v1) if controllers else (CGROUPS, name)
-        folder = root / below.lstrip("/")  # in a container it may be the host's; then only the root is there
-        for each in (folder, *folder.parents):
-            if each.is_relative_to(root) and (each / file).is_file():
-                found.append((each / file).read_text().strip())
-    return found
+# -- words
 
 
 def _limit(kind: int, spell: Callable[[int], str]) -> str:

@@ -1,4 +1,4 @@
-"""Own files on this machine's disk: reading them past or through the page cache, and publishing them atomically.
+"""Own files on this machine's disk: writing them past the page cache, and publishing them atomically.
 
 Never shows half a file under its name, and never maps one.
 """
@@ -13,31 +13,10 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from weightcache import _engine
-
-RESIDENT_SHARE = 0.8  # of the range; below it a direct read is faster and costs a tenth of the processor time
-DIRECT_FROM_NBYTES = 1 << 20
 STAGED_SUFFIX = ".staged"
 NETWORK_FILE_SYSTEMS = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "lustre", "gpfs", "afs", "beegfs", "virtiofs", "glusterfs", "efs"}
 )
-
-
-def read_file(path: Path, fd: int, offset: int, target: memoryview) -> int:
-    """Fill `target` from a file: past the page cache (O_DIRECT) unless it holds the range already.
-
-    Returns the bytes read, short only at the end of the file. Raises OSError.
-    """
-    nbytes = len(target)
-    if nbytes >= DIRECT_FROM_NBYTES and _engine.resident_nbytes(fd, offset, nbytes) < RESIDENT_SHARE * nbytes:
-        with contextlib.suppress(OSError):
-            direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-            try:
-                if os.path.sameopenfile(fd, direct):
-                    return _engine.read_into(direct, offset, target)
-            finally:
-                os.close(direct)
-    return _engine.read_into(fd, offset, target)
 
 
 @contextlib.contextmanager

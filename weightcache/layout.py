@@ -1,15 +1,22 @@
-"""Own the image's layout: where each chunk and each tensor of a model lies in one contiguous memory. Pure.
+"""Own the layout: where each chunk and each tensor of a model lies in host memory, or in a device's. Pure.
 
-Never allocates; offsets are bytes from the image's start, which is at least 4 KiB-aligned.
+Never allocates; offsets are bytes from the memory's start, which is at least 4 KiB-aligned in host memory and
+256-byte-aligned on a device.
 
-Each chunk starts at a 4 KiB boundary, so that direct reads land in place. The pieces of a large tensor are whole
-multiples of 4 KiB but for the last, so the tensor is contiguous. A small tensor packed at an offset that its dtype
-does not like gets a place of its own at the end, filled by a copy once its chunk is there.
+In host memory (`lay_out`) each chunk starts at a 4 KiB boundary, so that direct reads land in place. The pieces of a
+large tensor are whole multiples of 4 KiB but for the last, so the tensor is contiguous. A small tensor packed at an
+offset that its dtype does not like gets a place of its own at the end, filled by a copy once its chunk is there.
+
+A folder that is read in place is laid out as its files are (`lay_out_in_place`): each chunk at its file's offset modulo
+4 KiB, neighbours touching, so that direct reads of a file whose tensors start anywhere land in place too.
+
+On a device (`pack`) only tensors lie, each at a 256-byte boundary, and neighbours whose sizes allow it touch, so that
+they are copied together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from weightcache.dtypes import alignment_bytes
@@ -19,18 +26,32 @@ from weightcache.manifest import Manifest, Shard
 
 PAGE_NBYTES = 4096
 COPY_ALIGNMENT_NBYTES = 64
+DEVICE_ALIGNMENT_NBYTES = 256  # what CUDA's own allocator promises, and every kernel may rely on
 
 ChunkKey = tuple[int, int]  # index of the shard in the manifest, index of the chunk in the shard
 
 
 def pages(nbytes: int) -> int:
     """Round up to whole pages of 4 KiB."""
-    return -(-nbytes // PAGE_NBYTES) * PAGE_NBYTES
+    return _round_up(nbytes, PAGE_NBYTES)
+
+
+def _round_up(nbytes: int, multiple: int) -> int:
+    return -(-nbytes // multiple) * multiple
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A tensor that is wanted: its model-wide name, and the chunks that hold it."""
+
+    name: str
+    entry: TensorEntry
+    chunks: tuple[ChunkKey, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a tensor lies: `offset` bytes into the image; `copied_from` is where its bytes arrive, if elsewhere."""
+    """Where a tensor lies: `offset` bytes into the memory; `copied_from` is where its bytes arrive, if elsewhere."""
 
     name: str
     entry: TensorEntry
@@ -41,24 +62,31 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The places of all wanted chunks and tensors."""
+    """The places of all wanted chunks and tensors. `padded`: up to its next 4 KiB boundary a chunk's place is its own."""
 
     nbytes: int
     chunks: Mapping[ChunkKey, int]
     tensors: tuple[Placement, ...]
+    padded: bool = True
 
 
-def lay_out(manifest: Manifest, wanted: Callable[[str], bool] = lambda name: True) -> Layout:
-    """Lay out the tensors whose model-wide names are wanted, in file order.
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """The places of all wanted tensors on a device; `spans` are each chunk's (from, to, nbytes), ascending."""
+
+    nbytes: int
+    spans: Mapping[ChunkKey, tuple[tuple[int, int, int], ...]]
+    tensors: tuple[Placement, ...]
+
+
+def want(manifest: Manifest, wanted: Callable[[str], bool] = lambda name: True) -> list[Wanted]:
+    """Find the tensors whose model-wide names are wanted, in file order.
 
     Raises:
-        FormatError: Two tensors with one name, or a tensor over chunks that would not lie one after the other.
+        FormatError: Two tensors with one name.
     """
-    offsets: dict[ChunkKey, int] = {}
-    placements: list[Placement] = []
-    misplaced: list[int] = []  # indexes in placements
+    found: list[Wanted] = []
     owners: dict[str, str] = {}
-    end = 0
     for shard_index, shard in enumerate(manifest.shards):
         chunk_of = _Cursor(shard)
         for entry in shard.tensors:
@@ -70,33 +98,111 @@ def lay_out(manifest: Manifest, wanted: Callable[[str], bool] = lambda name: Tru
                     tensor=name,
                 )
             owners[name] = shard.path
-            if not wanted(name):
-                continue
-            keys = tuple((shard_index, index) for index in chunk_of.covering(entry))
-            for key in keys:
-                if key not in offsets:
-                    offsets[key] = end
-                    end += pages(shard.chunks[key[1]].nbytes)
-            if keys:
-                offset = offsets[keys[0]] + entry.start - shard.chunks[keys[0][1]].start
-            else:
-                offset = 0  # no elements, no bytes
-            if offset % alignment_bytes(entry.dtype):
-                misplaced.append(len(placements))
-            placements.append(Placement(name, entry, offset, keys))
-    for index in misplaced:
-        placed = placements[index]
-        end = -(-end // COPY_ALIGNMENT_NBYTES) * COPY_ALIGNMENT_NBYTES
-        placements[index] = Placement(placed.name, placed.entry, end, placed.chunks, copied_from=placed.offset)
-        end += placed.entry.nbytes
-    return Layout(end, offsets, tuple(placements))
+            if wanted(name):
+                found.append(Wanted(name, entry, tuple((shard_index, index) for index in chunk_of.covering(entry))))
+    return found
+
+
+def windows(tensors: Iterable[Wanted], limit: int) -> Iterator[list[Wanted]]:
+    """Divide tensors into groups of about `limit` bytes, cut only where no chunk is in two of them."""
+    group: list[Wanted] = []
+    nbytes, last = 0, (-1, -1)
+    for tensor in tensors:
+        if nbytes >= limit and tensor.chunks and tensor.chunks[0] > last:
+            yield group
+            group, nbytes = [], 0
+        group.append(tensor)
+        nbytes += tensor.entry.nbytes
+        last = max((last, *tensor.chunks))
+    if group:
+        yield group
+
+
+def lay_out(manifest: Manifest, tensors: Iterable[Wanted]) -> Layout:
+    """Lay out tensors in host memory, in the order given.
+
+    Raises:
+        FormatError: A tensor over chunks that would not lie one after the other.
+    """
+    offsets: dict[ChunkKey, int] = {}
+    end = 0
+    tensors = list(tensors)
+    for tensor in tensors:
+        for key in tensor.chunks:
+            nbytes = manifest.shards[key[0]].chunks[key[1]].nbytes
+            if key != tensor.chunks[-1] and nbytes % PAGE_NBYTES:
+                raise FormatError(
+                    f"tensor {tensor.name!r} of {manifest.shards[key[0]].path} goes on after a chunk of {nbytes} bytes, "
+                    f"expected whole pages of {PAGE_NBYTES}: describe the model again",
+                    tensor=tensor.name,
+                )
+            if key not in offsets:
+                offsets[key] = end
+                end += pages(nbytes)
+    return _place(manifest, tensors, offsets, end, padded=True)
+
+
+def lay_out_in_place(manifest: Manifest, tensors: Iterable[Wanted]) -> Layout:
+    """Lay out tensors in host memory as their files lie, for reading them in place."""
+    offsets: dict[ChunkKey, int] = {}
+    end = 0
+    tensors = list(tensors)
+    for shard_index, index in sorted({key for tensor in tensors for key in tensor.chunks}):
+        chunk = manifest.shards[shard_index].chunks[index]
+        if (shard_index, index - 1) not in offsets:
+            end = pages(end) + chunk.start % PAGE_NBYTES
+        offsets[(shard_index, index)] = end
+        end += chunk.nbytes
+    return _place(manifest, tensors, offsets, end, padded=False)
+
+
+def _place(
+    manifest: Manifest, tensors: Sequence[Wanted], offsets: Mapping[ChunkKey, int], end: int, *, padded: bool
+) -> Layout:
+    """Place tensors where their chunks lie, or, where their dtype does not like that, at the end."""
+    placements: list[Placement] = []
+    for tensor in tensors:
+        offset, copied_from = 0, None  # no elements, no bytes
+        if tensor.chunks:
+            shard, index = tensor.chunks[0]
+            offset = offsets[shard, index] + tensor.entry.start - manifest.shards[shard].chunks[index].start
+        if offset % alignment_bytes(tensor.entry.dtype):
+            copied_from, offset = offset, _round_up(end, COPY_ALIGNMENT_NBYTES)
+            end = offset + tensor.entry.nbytes
+        placements.append(Placement(tensor.name, tensor.entry, offset, tensor.chunks, copied_from))
+    return Layout(end, offsets, tuple(placements), padded)
+
+
+def pack(manifest: Manifest, tensors: Iterable[Wanted]) -> Packing:
+    """Lay out tensors on a device, in the order given."""
+    spans: dict[ChunkKey, list[tuple[int, int, int]]] = {}
+    placements: list[Placement] = []
+    end = 0
+    for tensor in tensors:
+        offset = _round_up(end, DEVICE_ALIGNMENT_NBYTES)
+        placements.append(Placement(tensor.name, tensor.entry, offset, tensor.chunks))
+        end = offset + tensor.entry.nbytes
+        for key in tensor.chunks:
+            chunk = manifest.shards[key[0]].chunks[key[1]]
+            start, stop = max(tensor.entry.start, chunk.start), min(tensor.entry.stop, chunk.stop)
+            _append(spans.setdefault(key, []), start - chunk.start, offset + start - tensor.entry.start, stop - start)
+    return Packing(end, {key: tuple(each) for key, each in spans.items()}, tuple(placements))
+
+
+def _append(spans: list[tuple[int, int, int]], start: int, to: int, nbytes: int) -> None:
+    """Add a span, joined to the last where it goes on from there on both sides."""
+    if spans:
+        last_start, last_to, last_nbytes = spans[-1]
+        if (last_start + last_nbytes, last_to + last_nbytes) == (start, to):
+            spans[-1] = (last_start, last_to, last_nbytes + nbytes)
+            return
+    spans.append((start, to, nbytes))
 
 
 class _Cursor:
     """Finds the chunks of tensors asked for in file order, in one pass over the shard."""
 
     def __init__(self, shard: Shard) -> None:
-        self._path = shard.path
         self._chunks = shard.chunks
         self._at = 0
 
@@ -107,11 +213,5 @@ class _Cursor:
             self._at += 1
         first = last = self._at
         while self._chunks[last].stop < entry.stop:
-            if self._chunks[last].nbytes % PAGE_NBYTES:
-                raise FormatError(
-                    f"tensor {entry.name!r} of {self._path} goes on after a chunk of {self._chunks[last].nbytes} bytes, "
-                    f"expected whole pages of {PAGE_NBYTES}: describe the model again",
-                    tensor=entry.name,
-                )
             last += 1
         return range(first, last + 1)

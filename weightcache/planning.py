@@ -14,6 +14,14 @@ from weightcache.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True)
+class Copy:
+    """One chunk from an image in host memory."""
+
+    key: ChunkKey
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Read:
     """One chunk from the disk tier."""
 
@@ -38,10 +46,15 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The ordered moves that satisfy a load: all reads and fetches, each in file order."""
+    """The ordered moves that satisfy a load: all copies, reads and fetches, each in file order."""
 
+    copies: tuple[Copy, ...]
     reads: tuple[Read, ...]
     fetches: tuple[Fetch, ...]
+
+    @property
+    def host_nbytes(self) -> int:
+        return sum(step.nbytes for step in self.copies)
 
     @property
     def disk_nbytes(self) -> int:
@@ -52,7 +65,13 @@ class Plan:
         return sum(step.nbytes for step in self.fetches)
 
 
-def make_plan(manifest: Manifest, keys: Iterable[ChunkKey], stored: Container[Digest], range_bytes: int) -> Plan:
+def make_plan(
+    manifest: Manifest,
+    keys: Iterable[ChunkKey],
+    stored: Container[Digest],
+    range_bytes: int,
+    held: Container[ChunkKey] = (),
+) -> Plan:
     """Decide where each chunk comes from.
 
     Args:
@@ -60,16 +79,20 @@ def make_plan(manifest: Manifest, keys: Iterable[ChunkKey], stored: Container[Di
         keys: The chunks wanted, in any order.
         stored: Digests of the chunks the disk tier holds.
         range_bytes: Largest range of one fetch, unless a single chunk is larger.
+        held: The chunks that an image in host memory holds.
     """
+    copies: list[Copy] = []
     reads: list[Read] = []
     missing: list[ChunkKey] = []
     for key in sorted(keys):
         chunk = manifest.shards[key[0]].chunks[key[1]]
-        if chunk.digest is not None and chunk.digest in stored:
+        if key in held:
+            copies.append(Copy(key, chunk.nbytes))
+        elif chunk.digest is not None and chunk.digest in stored:
             reads.append(Read(key, chunk.digest, chunk.nbytes))
         else:
             missing.append(key)
-    return Plan(tuple(reads), tuple(coalesce(manifest, missing, range_bytes)))
+    return Plan(tuple(copies), tuple(reads), tuple(coalesce(manifest, missing, range_bytes)))
 
 
 def coalesce(manifest: Manifest, keys: Iterable[ChunkKey], range_bytes: int) -> list[Fetch]:

@@ -23,7 +23,7 @@ class Report:
         n_tensors, tensor_bytes: What was bound.
         seconds: By stage, one after the other: import (torch and the S3 client, once a process), open, describe, look,
             move, bind, files.
-        bytes: By tier they came from: `origin`, `disk`. Chunks carry small neighbours along and files beside the
+        bytes: By tier they came from: `origin`, `disk`, `host`. Chunks carry small neighbours along and files beside the
             weights count too, so the sum may pass `tensor_bytes`.
         choices: What "auto" or the circumstances decided, each with its reason.
         warnings: Every fallback that was taken.
@@ -38,7 +38,7 @@ class Report:
     n_tensors: int = 0
     tensor_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
-    bytes: dict[str, int] = field(default_factory=lambda: {"origin": 0, "disk": 0})
+    bytes: dict[str, int] = field(default_factory=lambda: {"origin": 0, "disk": 0, "host": 0})
     choices: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     n_requests: int = 0

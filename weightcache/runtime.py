@@ -29,6 +29,7 @@ class Runtime:
     def __init__(self, n_workers: int) -> None:
         import uvloop
 
+        self.n_workers = n_workers
         self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
         self.workers = concurrent.futures.ThreadPoolExecutor(n_workers, "weightcache-worker")
         self.writers = concurrent.futures.ThreadPoolExecutor(N_WRITERS, "weightcache-writer")

@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,17 @@ from weightcache.config import Settings, read_settings
 from weightcache.digest import Digest
 from weightcache.errors import CapacityError, ConfigError, OfflineError, OriginUnreachableError, nearest
 from weightcache.files import file_system_of, is_network
-from weightcache.layout import ChunkKey, Layout, lay_out
+from weightcache.layout import ChunkKey, Wanted, want
 from weightcache.locks import Flight
 from weightcache.manifest import Manifest, Shard
 from weightcache.origins.base import Origin, Stat
+from weightcache.origins.local import LocalOrigin
 from weightcache.origins.resilient import Resilient
 from weightcache.planning import Plan, make_plan
 from weightcache.report import Report
 from weightcache.runtime import Runtime, runtime
 from weightcache.tiers.disk import DiskTier
+from weightcache.tiers.host import keep_freed
 from weightcache.tiers.records import ModelRecord, model_key, shard_key
 from weightcache.transfer import Tally
 from weightcache.uri import Name, parse_uri
@@ -98,6 +100,12 @@ class Session:
     behind: Behind | None = None
     flight: Flight | None = None
     tally: Tally = field(default_factory=Tally)
+
+    @property
+    def in_place(self) -> LocalOrigin | None:
+        """The folder of this machine whose files are read in place, if they are."""
+        inner = self.origin.inner if self.origin is not None and self.disk is None else None
+        return inner if isinstance(inner, LocalOrigin) else None
 
     @property
     def key(self) -> str:
@@ -171,6 +179,7 @@ def open_session(request: Request, report: Report) -> Session:
     offline = settings.offline if request.offline is None else request.offline
     disk = _open_disk(request, settings, name, report)
     threads = runtime(settings.threads)
+    keep_freed(settings.host_budget_bytes)
     session = Session(
         request=request,
         settings=settings,
@@ -223,8 +232,6 @@ def _open_disk(request: Request, settings: Settings, name: Name, report: Report)
 def _make_origin(session: Session) -> Origin:
     name, settings, options = session.name, session.settings, session.request.storage_options
     if name.scheme == "file":
-        from weightcache.origins.local import LocalOrigin
-
         if options:
             raise ConfigError(f"storage_options mean nothing for the local folder {name.root}: leave them out")
         return LocalOrigin(Path(name.root), session.threads.workers, name.file)
@@ -317,19 +324,25 @@ def _patterns(given: Patterns) -> list[str] | None:
     return None if given is None else [given] if isinstance(given, str) else list(given)
 
 
-def lay_out_wanted(session: Session) -> Layout:
-    layout = lay_out(session.manifest, wanted_names(session.request))
-    if not layout.tensors and (session.request.include or session.request.exclude):
+def find_wanted(session: Session) -> list[Wanted]:
+    """Return the tensors that the request asks for. Raises ConfigError when its patterns leave none."""
+    wanted = want(session.manifest, wanted_names(session.request))
+    if not wanted and (session.request.include or session.request.exclude):
         names = [name for name, _, _ in session.manifest.tensors()]
         hint = nearest((_patterns(session.request.include) or [""])[0], names)
         raise ConfigError(
             f"include={session.request.include!r}, exclude={session.request.exclude!r} leave none of the {len(names)} "
             f"tensors of {session.name}{hint}"
         )
-    return layout
+    return wanted
 
 
-def decide(session: Session, keys: Sequence[ChunkKey]) -> Plan:
+def chunks_of(wanted: Iterable[Wanted]) -> list[ChunkKey]:
+    """Return the chunks that hold tensors, each once, in file order."""
+    return sorted({key for tensor in wanted for key in tensor.chunks})
+
+
+def decide(session: Session, keys: Sequence[ChunkKey], held: Container[ChunkKey] = ()) -> Plan:
     manifest, stored = session.manifest, set[Digest]()
     if session.disk is not None:
         known = (manifest.shards[shard].chunks[chunk].digest for shard, chunk in keys)
@@ -337,7 +350,7 @@ def decide(session: Session, keys: Sequence[ChunkKey]) -> Plan:
             stored = session.disk.look({digest for digest in known if digest is not None})
         except OSError as exc:
             session.leave_disk(f"the disk tier cannot be read: {exc}")
-    return make_plan(manifest, keys, stored, session.settings.range_bytes)
+    return make_plan(manifest, keys, stored, session.settings.range_bytes, held)
 
 
 def sizes_of(manifest: Manifest, keys: Sequence[ChunkKey]) -> dict[ChunkKey, int]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from weightcache.errors import DeviceError, MismatchError
+from weightcache.errors import ConfigError, MismatchError
 from weightcache.header import TensorEntry
 from weightcache.report import Report
 
@@ -50,29 +50,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 PLAIN = frozenset(TORCH_DTYPES) - {"F4"}  # one element here is one element there
 
 
-def resolve_device(device: str | torch.device) -> tuple[torch.device, str]:
-    """Return the device meant and, for "auto", why.
-
-    Raises:
-        DeviceError: A device this process does not have.
-    """
-    if device == "auto":
-        if torch.cuda.is_available():
-            current = torch.device("cuda", torch.cuda.current_device())
-            return current, f"{current}: the current CUDA device"
-        return torch.device("cpu"), "cpu: torch sees no CUDA device"
-    try:
-        chosen = torch.device(device)
-    except (RuntimeError, TypeError) as exc:
-        raise DeviceError(f"no such device: {device!r}; expected auto, cpu, cuda or cuda:N") from exc
-    if chosen.type == "cuda" and not (torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count()):
-        raise DeviceError(
-            f"device {str(chosen)!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices; "
-            "see weightcache doctor, or load with device='cpu'"
-        )
-    if chosen.type not in ("cpu", "cuda"):
-        raise DeviceError(f"device {str(chosen)!r} cannot be loaded to: expected cpu or cuda")
-    return chosen, ""
+CONVERTIBLE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 
 class Binder:
@@ -123,6 +101,50 @@ def torch_form(entry: TensorEntry) -> tuple[torch.dtype, tuple[int, ...]]:
         return dtype, (entry.nbytes,)
     last, rest = divmod(entry.shape[-1] * bits, 8)
     return dtype, (*entry.shape[:-1], last) if rest == 0 else (entry.nbytes,)
+
+
+def converted_dtype(entry: TensorEntry, wanted: torch.dtype | None) -> torch.dtype:
+    """Return the dtype a tensor is to have: floating-point weights are converted, all else stays as it is.
+
+    Packed, 8-bit and integer types carry scales or meanings that a plain conversion would lose.
+    """
+    own = torch_form(entry)[0]
+    return wanted if wanted is not None and own in CONVERTIBLE else own
+
+
+def allocate_converted(
+    entries: Mapping[str, TensorEntry],
+    dtype: torch.dtype,
+    device: torch.device,
+    allocate: Callable[[int], torch.Tensor] | None,
+) -> dict[str, torch.Tensor]:
+    """Make the tensors of a converted model, in one piece of memory, each at a 256-byte boundary.
+
+    `allocate` returns bytes of the device's memory; None takes torch's.
+    """
+    offsets: dict[str, int] = {}
+    end = 0
+    for name, entry in entries.items():
+        offsets[name] = end
+        nbytes = math.prod(torch_form(entry)[1]) * converted_dtype(entry, dtype).itemsize
+        end += -(-nbytes // 256) * 256
+    base = allocate(end or 256) if allocate else torch.empty(end, dtype=torch.uint8, device=device)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, entry in entries.items():
+        shape, kept = torch_form(entry)[1], converted_dtype(entry, dtype)
+        nbytes = math.prod(shape) * kept.itemsize
+        tensors[name] = base[offsets[name] : offsets[name] + nbytes].view(kept).view(shape)
+    return tensors
+
+
+def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype meant. Raises ConfigError for what tensors cannot be converted to."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found is None and dtype is None:
+        return None
+    if found not in CONVERTIBLE:
+        raise ConfigError(f"dtype={dtype!r}: expected one of {', '.join(sorted(str(each) for each in CONVERTIBLE))}")
+    return found
 
 
 class LoadedModel(Mapping[str, torch.Tensor]):
@@ -218,6 +240,15 @@ def check_fit(module: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], *,
                 tensor=name,
             )
     return shared
+
+
+def devices_of(module: torch.nn.Module, names: Iterable[str]) -> dict[torch.device, set[str]]:
+    """Return the devices that these parameters and buffers lie on, each with the names there."""
+    targets = module.state_dict(keep_vars=True)
+    found: dict[torch.device, set[str]] = {}
+    for name in names:
+        found.setdefault(targets[name].device, set()).add(name)
+    return found
 
 
 def fill_module(module: torch.nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -10,8 +10,8 @@ import concurrent.futures
 import errno
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 from weightcache.behind import Behind
@@ -20,36 +20,56 @@ from weightcache.errors import IntegrityError, OfflineError
 from weightcache.layout import ChunkKey
 from weightcache.locks import Flight
 from weightcache.manifest import Manifest
+from weightcache.operations import Counters, Crew, HostPlace, Operations, Place
 from weightcache.origins.base import Origin, Stat
-from weightcache.planning import Fetch, Plan, Read, coalesce
+from weightcache.origins.local import FileRange, LocalOrigin
+from weightcache.planning import Copy, Fetch, Plan, Read, coalesce
 from weightcache.runtime import Runtime
-from weightcache.tiers.disk import DiskTier
+from weightcache.tiers.disk import DiskTier, WantedChunk
+from weightcache.tiers.host import HeldImage
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-READS_IN_FLIGHT = 8  # more than the workers, so that none waits for the loop; few, so that verifying is not queued
+IN_PLACE_NBYTES = 64 << 20  # of a file read in place, at most one operation
 POLL_S = 0.02  # how soon a follower sees that its leader is done or dead; a lock attempt costs microseconds
 PATIENCE_S = 30.0  # how long a follower waits for one chunk before it fetches it itself
 
 
 class Destination(Protocol):
-    """Memory that chunks arrive in."""
+    """Where chunks go. All methods are called on worker threads, concurrently, for different chunks."""
+
+    @property
+    def batch_bytes(self) -> int:
+        """Most bytes of chunks to read together: `place` takes memory for all of them first. 0 is no limit."""
+
+    def place(self, key: ChunkKey) -> Place:
+        """Return where the chunk goes at once when it is read on this node; `arrived` follows, or nothing does."""
 
     def claim(self, keys: Sequence[ChunkKey]) -> list[memoryview]:
-        """Return writable memory for these chunks, each view exactly as long as its chunk. Called on worker threads."""
+        """Return host memory to fetch these chunks into and verify them, each view exactly as long as its chunk."""
+
+    def accept(self, key: ChunkKey, view: memoryview, crew: Crew) -> None:
+        """Bring a verified chunk from claimed memory to its place; `arrived` follows."""
+
+    def arrived(self, key: ChunkKey) -> None:
+        """Hear that the chunk lies in its place, verified."""
 
 
 @dataclass(slots=True)
 class Tally:
-    """What a transfer did. The last two are written by writers, the rest on the loop thread."""
+    """What a load's transfers did. What follows `counters` is written by writers, the rest on the loop thread."""
 
     origin_bytes: int = 0
     disk_bytes: int = 0
+    host_bytes: int = 0
     followed_bytes: int = 0  # of the disk bytes: fetched by another process meanwhile
     n_rotten: int = 0
+    counters: Counters = field(default_factory=Counters)
     stored_bytes: int = 0
+    unstored_bytes: int = 0  # not kept on disk, which was slower than the origin
     disk_failure: str = ""
+    _waiting_bytes: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add_stored(self, nbytes: int) -> None:
@@ -57,15 +77,32 @@ class Tally:
         with self._lock:
             self.stored_bytes += nbytes
 
+    def begin_write(self, nbytes: int, limit: int) -> bool:
+        """Count bytes that wait to be written, unless they are more than `limit` together."""
+        with self._lock:
+            if self._waiting_bytes + nbytes > limit:
+                self.unstored_bytes += nbytes
+                return False
+            self._waiting_bytes += nbytes
+            return True
+
+    def end_write(self, nbytes: int) -> None:
+        with self._lock:
+            self._waiting_bytes -= nbytes
+
 
 @dataclass(slots=True)
 class Keeping:
-    """Where fetched chunks are kept: the disk tier, the record key of each shard, this load's flight and its writes."""
+    """Where fetched chunks are kept: the disk tier, the record key of each shard, this load's flight and its writes.
+
+    `waiting_bytes` bounds what may wait to be written, where the destination does not keep it anyway.
+    """
 
     disk: DiskTier
     shard_keys: Sequence[str]
     flight: Flight
     behind: Behind
+    waiting_bytes: int = 1 << 62
 
 
 @dataclass
@@ -75,19 +112,24 @@ class Transfer:
     Args:
         manifest: The revision.
         origin: Where missing chunks are fetched; None forbids fetching.
+        local: The origin as a folder of this machine, when its files are read in place; no chunk is kept then.
         keeping: The disk tier and how it knows this model, or None to neither read nor write it.
-        destination: The memory.
-        on_chunk: Called on a worker thread with each chunk once it is verified and in place.
+        held: The image in host memory that the plan's copies come from.
+        destination: Where chunks go.
+        threads: This process's.
+        crew: Who reads on this node, and the device.
         connections: Fetches in flight.
         wait_for_disk: Let go of a fetched chunk's memory only when it is on disk, for destinations that are not kept.
     """
 
     manifest: Manifest
     origin: Origin | None
+    local: LocalOrigin | None
     keeping: Keeping | None
+    held: HeldImage | None
     destination: Destination
-    on_chunk: Callable[[ChunkKey, memoryview], None]
     threads: Runtime
+    crew: Crew
     connections: int
     wait_for_disk: bool = False
     tally: Tally = field(default_factory=Tally)
@@ -101,42 +143,110 @@ class Transfer:
                 missing_bytes=plan.origin_nbytes,
             )
         self._dialling = asyncio.Semaphore(self.connections)
-        self._reading = asyncio.Semaphore(READS_IN_FLIGHT)
         self._following = asyncio.Semaphore(self.connections)
         try:
             async with asyncio.TaskGroup() as group:
-                for read in plan.reads:
-                    group.create_task(self._read(read))
-                for fetch in plan.fetches:
-                    group.create_task(self._fetch(fetch))
+                if plan.copies:
+                    group.create_task(self._copy(plan.copies))
+                if plan.reads:
+                    group.create_task(self._read(plan.reads, group))
+                if self.local is not None and plan.fetches:
+                    group.create_task(self._read_in_place(plan.fetches))
+                else:
+                    for fetch in plan.fetches:
+                        group.create_task(self._fetch(fetch))
         except BaseExceptionGroup as failures:
-            raise _first(failures) from None
+            raise first_of(failures) from None
 
-    # -- from disk
+    # -- from this node
 
-    async def _read(self, step: Read) -> None:
-        async with self._reading:
-            found = await self._on_worker(self._read_chunk, step.key, step.digest)
-        if found:
-            self.tally.disk_bytes += step.nbytes
-            return
-        self.tally.n_rotten += 1
-        if self.origin is None:
-            raise OfflineError(
-                f"chunk {step.digest} of {self.manifest.shards[step.key[0]].path} was lost or rotten on disk and cannot "
-                "be fetched again offline: load once without offline",
-                digest=str(step.digest),
-            )
-        await self._fetch_led(coalesce(self.manifest, [step.key], 0)[0])
+    async def _copy(self, steps: Sequence[Copy]) -> None:
+        """Copy chunks of an image in host memory."""
+        await self._on_engine(self._copy_together, steps)
+        self.tally.host_bytes += sum(step.nbytes for step in steps)
 
-    def _read_chunk(self, key: ChunkKey, digest: Digest) -> bool:
+    def _copy_together(self, steps: Sequence[Copy]) -> None:
+        assert self.held is not None
+        operations = Operations()
+        for step in steps:
+            address = self.held.address + self.held.layout.chunks[step.key]
+            operations.copy(address, step.nbytes, self.destination.place(step.key))
+
+        def arrived(done: list[int]) -> None:
+            for index in done:
+                self.destination.arrived(steps[index].key)
+
+        failure = operations.run(self.crew, arrived)
+        if failure is not None:
+            raise failure.as_error(f"chunk {steps[failure.index].key[1]} of an image in host memory")
+
+    async def _read(self, steps: Sequence[Read], group: asyncio.TaskGroup) -> None:
+        """Read chunks of the disk tier, and fetch those that turn out lost or rotten."""
+        for batch in _batches(steps, self.destination.batch_bytes):
+            missed = await self._on_engine(self._read_batch, batch)
+            self.tally.disk_bytes += sum(step.nbytes for step in batch) - sum(step.nbytes for step in missed)
+            self.tally.n_rotten += len(missed)
+            if missed and self.origin is None:
+                raise OfflineError(
+                    f"chunk {missed[0].digest} of {self.manifest.shards[missed[0].key[0]].path} was lost or rotten on disk "
+                    "and cannot be fetched again offline: load once without offline",
+                    digest=str(missed[0].digest),
+                )
+            for step in missed:
+                group.create_task(self._heal(step))
+
+    def _read_batch(self, steps: Sequence[Read]) -> list[Read]:
+        """Read chunks together; returns those that were lost or rotten."""
         assert self.keeping is not None
-        [view] = self.destination.claim([key])
-        if not self.keeping.disk.read_into(digest, view):
-            return False
-        log.debug("read chunk %s: %d bytes", digest, len(view))
-        self.on_chunk(key, view)
-        return True
+        wanted = [WantedChunk(step.digest, step.nbytes, self.destination.place(step.key)) for step in steps]
+        missed = self.keeping.disk.read(wanted, self.crew, lambda index: self.destination.arrived(steps[index].key))
+        return [steps[index] for index in missed]
+
+    async def _heal(self, step: Read) -> None:
+        async with self._dialling:
+            await self._fetch_led(coalesce(self.manifest, [step.key], 0)[0])
+
+    async def _read_in_place(self, steps: Sequence[Fetch]) -> None:
+        """Read files of this machine, which no digest is known of and which are not kept."""
+        for batch in _batches(steps, self.destination.batch_bytes):
+            await self._on_engine(self._read_files, batch)
+            self.tally.origin_bytes += sum(step.nbytes for step in batch)
+
+    def _read_files(self, steps: Sequence[Fetch]) -> None:
+        assert self.local is not None
+        ranges: list[FileRange] = []
+        members: list[list[ChunkKey]] = []
+        for key in (key for step in steps for key in step.keys):
+            shard = self.manifest.shards[key[0]]
+            chunk = shard.chunks[key[1]]
+            each = FileRange(
+                Stat(shard.path, shard.nbytes, shard.etag), chunk.start, chunk.nbytes, self.destination.place(key)
+            )
+            joined = _join(ranges[-1], each) if ranges else None
+            if joined:
+                ranges[-1] = joined
+                members[-1].append(key)
+            else:
+                ranges.append(each)
+                members.append([key])
+
+        def arrived(done: list[int]) -> None:
+            for index in done:
+                for key in members[index]:
+                    self.destination.arrived(key)
+
+        self.local.read(ranges, self.crew, arrived)
+
+    async def _on_engine(self, work: Callable[..., T], *arguments: object) -> T:
+        """Run a long step of the engine on a worker thread; cancelled, it is stopped and waited for."""
+        step = asyncio.ensure_future(self._on_worker(work, *arguments))
+        try:
+            return await asyncio.shield(step)
+        except asyncio.CancelledError:
+            self.crew.stop.set()
+            await asyncio.wait([step])
+            step.exception()
+            raise
 
     # -- from the origin
 
@@ -159,7 +269,7 @@ class Transfer:
             await asyncio.sleep(POLL_S)
         digest = await self._on_worker(self._digest_on_disk, key)
         chunk = self.manifest.shards[key[0]].chunks[key[1]]
-        if digest is not None and await self._on_worker(self._read_chunk, key, digest):
+        if digest is not None and not await self._on_engine(self._read_batch, [Read(key, digest, chunk.nbytes)]):
             self.keeping.flight.land(self._flight_name(key))
             self.tally.disk_bytes += chunk.nbytes
             self.tally.followed_bytes += chunk.nbytes
@@ -194,7 +304,9 @@ class Transfer:
         shard = self.manifest.shards[key[0]]
         expected = shard.chunks[key[1]].digest
         if self.keeping is None and expected is None:
-            self.on_chunk(key, view)  # a folder read in place: nothing is known of it and nothing is kept
+            # Nothing is known of it and nothing is kept.
+            self.destination.accept(key, view, self.crew)
+            self.destination.arrived(key)
             return None
         digest = Digest.of(view)
         if expected not in (None, digest):
@@ -209,8 +321,12 @@ class Transfer:
             )
         write = None
         if self.keeping is not None:
-            write = self.keeping.behind.submit(self._store, key, digest, checksum(view), view)
-        self.on_chunk(key, view)
+            if self.wait_for_disk or self.tally.begin_write(len(view), self.keeping.waiting_bytes):
+                write = self.keeping.behind.submit(self._store, key, digest, checksum(view), view)
+            else:
+                self.keeping.flight.land(self._flight_name(key))
+        self.destination.accept(key, view, self.crew)
+        self.destination.arrived(key)
         return write
 
     # -- to disk, behind
@@ -234,6 +350,8 @@ class Transfer:
             self._disk_failed(exc)
         finally:
             self.keeping.flight.land(self._flight_name(key))
+            if not self.wait_for_disk:
+                self.tally.end_write(len(view))
 
     # -- small steps
 
@@ -278,13 +396,49 @@ class Transfer:
     async def _on_worker(self, work: Callable[..., T], *arguments: object) -> T:
         """Run a step on a worker thread."""
         outcome: list[T] = []
-        # Not as the future's result: a future that a loop waited for is part of a cycle, and the views of memory it
-        # held would keep a whole image until garbage is collected.
-        await asyncio.get_running_loop().run_in_executor(self.threads.workers, lambda: outcome.append(work(*arguments)))
+        held = [(work, arguments)]
+
+        def step() -> None:
+            # Popped, so that what it holds is let go of before it counts as done, not a moment later; and not as the
+            # future's result: a future that a loop waited for is part of a cycle, and the views of memory it held
+            # would keep a whole image until garbage is collected.
+            work, arguments = held.pop()
+            outcome.append(work(*arguments))
+
+        await asyncio.get_running_loop().run_in_executor(self.threads.workers, step)
         return outcome.pop()
 
 
-def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+Step = TypeVar("Step", Read, Fetch)
+
+
+def _batches(steps: Sequence[Step], limit: int) -> Iterator[Sequence[Step]]:
+    """Divide steps into groups of at most `limit` bytes, or of one; no limit is one group."""
+    begin, nbytes = 0, 0
+    for index, step in enumerate(steps):
+        if limit and index > begin and nbytes + step.nbytes > limit:
+            yield steps[begin:index]
+            begin, nbytes = index, 0
+        nbytes += step.nbytes
+    if steps:
+        yield steps[begin:]
+
+
+def _join(one: FileRange, other: FileRange) -> FileRange | None:
+    """Return two ranges as one where they touch in the file and in host memory, and are not too many bytes."""
+    a, b = one.place, other.place
+    if (
+        isinstance(a, HostPlace)
+        and isinstance(b, HostPlace)
+        and (one.stat, one.start + one.nbytes, a.address + one.nbytes) == (other.stat, other.start, b.address)
+        and one.nbytes + other.nbytes <= IN_PLACE_NBYTES
+    ):
+        return replace(one, nbytes=one.nbytes + other.nbytes)
+    return None
+
+
+def first_of(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the error that came first."""
     while isinstance(failures, BaseExceptionGroup):
         failures = failures.exceptions[0]  # type: ignore[assignment]
     return failures

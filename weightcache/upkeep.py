@@ -19,6 +19,7 @@ from weightcache.digest import Digest
 from weightcache.errors import InUseError, ModelNotFoundError, WeightcacheError, nearest
 from weightcache.session import Request
 from weightcache.tiers.disk import DiskTier
+from weightcache.tiers.host import host_tier
 from weightcache.tiers.records import ModelRecord
 from weightcache.uri import parse_uri
 
@@ -65,10 +66,22 @@ class Verification:
 
 
 def models() -> list[CachedModel]:
-    """List the models of the disk tier, most recently used first."""
+    """List the models of the disk tier and of this process's host tier, most recently used first."""
+    found = [
+        CachedModel(
+            uri=held.uri,
+            endpoint="",
+            tier="host",
+            bytes=held.nbytes,
+            total_bytes=held.nbytes,
+            last_use_s=held.last_use_s,
+            pinned=False,
+            in_use=held.n_users > 0,
+        )
+        for held in host_tier.images()
+    ]
     if not read_settings().dir.exists():
-        return []
-    found: list[CachedModel] = []
+        return found
     with _disk() as disk:
         leased = disk.leased()
         for record in disk.records.models():
@@ -137,10 +150,12 @@ def _repair(
 
 
 def evict(uri: str) -> int:
-    """Remove a model from the disk tier; see `weightcache.evict`."""
-    freed = 0
+    """Remove a model from this process's host tier and from the disk tier; see `weightcache.evict`."""
+    freed = host_tier.drop(_name(uri))
+    if freed and not read_settings().dir.exists():
+        return freed
     with _disk() as disk:
-        for record in _find(disk, uri):
+        for record in _find(disk, uri, or_none=freed > 0):
             if record.pinned:
                 raise InUseError(f"{record.uri} is pinned: unpin it first", uri=record.uri)
             if record.key in disk.leased():
@@ -171,11 +186,15 @@ def _disk() -> Iterator[DiskTier]:
         disk.close()
 
 
-def _find(disk: DiskTier, uri: str) -> list[ModelRecord]:
-    name = str(parse_uri(uri, fsspec.available_protocols(), str(Path.cwd())))
+def _name(uri: str) -> str:
+    return str(parse_uri(uri, fsspec.available_protocols(), str(Path.cwd())))
+
+
+def _find(disk: DiskTier, uri: str, *, or_none: bool = False) -> list[ModelRecord]:
+    name = _name(uri)
     records = list(disk.records.models())
     found = [record for record in records if record.uri == name]
-    if not found:
+    if not found and not or_none:
         raise ModelNotFoundError(
             f"{name} is not in the cache {disk.root}{nearest(name, [record.uri for record in records])}; weightcache ls "
             "shows what is",

@@ -131,7 +131,7 @@ def test_g14_after_three_attempts_a_load_fails_and_the_next_goes_on_from_there(h
     hosted.proxy.reset()
     with load(hosted) as model:
         assert_same(model, hosted.tensors)
-        assert model.report.bytes == {"origin": (N_TENSORS - 2) * MIB, "disk": 2 * MIB}
+        assert model.report.bytes == {"origin": (N_TENSORS - 2) * MIB, "disk": 2 * MIB, "host": 0}
     assert hosted.served_bytes() == (N_TENSORS - 2) * MIB
 
 
@@ -178,7 +178,7 @@ def test_g01_a_flipped_bit_is_found_by_its_digest_and_fetched_once_more(hosted: 
     hosted.proxy.script(OBJECTS, "flip")
     with load(hosted) as model:
         assert_same(model, hosted.tensors)
-        assert model.report.bytes == {"origin": 2 * MIB, "disk": (N_TENSORS - 1) * MIB}
+        assert model.report.bytes == {"origin": 2 * MIB, "disk": (N_TENSORS - 1) * MIB, "host": 0}
         assert model.wait_stored(60)
     assert hosted.served_bytes() == 2 * MIB
     assert weightcache.verify(deep=True).sound

@@ -19,7 +19,7 @@ from weightcache.errors import (
     UnsafeFormatError,
     UnsafePathError,
 )
-from weightcache.layout import lay_out
+from weightcache.layout import want
 from weightcache.manifest import Manifest, Role, Shard
 from weightcache.origins.base import Stat
 from weightcache.origins.local import LocalOrigin
@@ -270,7 +270,7 @@ def test_g19_folder_of_pickles_is_refused_with_how_to_convert(tmp_path: Path) ->
 def test_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
     manifest = read(write(tmp_path, a__safetensors=ONE, b__safetensors=ONE))
     with pytest.raises(FormatError, match=r"'one' is in both a\.safetensors and b\.safetensors"):
-        lay_out(manifest)
+        want(manifest)
 
 
 def test_index_naming_shards_that_are_not_there_is_incomplete(tmp_path: Path) -> None:

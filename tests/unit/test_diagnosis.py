@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from cache_folder import staged_files
 
-from weightcache import diagnosis
+from weightcache import diagnosis, machine
 from weightcache.diagnosis import CHECKS, Finding, examine
+from weightcache.files import write_all
 
 SECRET = "notforyoureyes"
 
@@ -73,7 +74,7 @@ def test_disk_speed_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_disk_that_returns_other_bytes_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diagnosis, "read_file", lambda path, fd, offset, target: len(target))
+    monkeypatch.setattr(diagnosis, "write_all", lambda fd, content: write_all(fd, bytes(len(content))))
     assert not found("disk speed").ok
 
 
@@ -113,7 +114,7 @@ def test_budget_beyond_the_disk_is_advised_against(monkeypatch: pytest.MonkeyPat
 def test_huge_page_mode_is_the_word_in_brackets(
     setting: str | None, mode: str, advised: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(diagnosis, "HUGE_PAGES", tmp_path)
+    monkeypatch.setattr(machine, "HUGE_PAGES", tmp_path)
     if setting is not None:
         (tmp_path / "enabled").write_text(setting)
     seen = found("huge pages")
@@ -125,8 +126,8 @@ def join_cgroups(root: Path, monkeypatch: pytest.MonkeyPatch, membership: str, f
     for name, text in {"membership": membership, **files}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
-    monkeypatch.setattr(diagnosis, "CGROUPS", root)
-    monkeypatch.setattr(diagnosis, "CGROUP_MEMBERSHIP", root / "membership")
+    monkeypatch.setattr(machine, "CGROUPS", root)
+    monkeypatch.setattr(machine, "CGROUP_MEMBERSHIP", root / "membership")
 
 
 NO_LIMIT_V1 = "9223372036854771712\n"

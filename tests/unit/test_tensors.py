@@ -20,8 +20,10 @@ from strategies import examples
 import weightcache
 from weightcache.errors import DeviceError, MismatchError
 from weightcache.header import TensorEntry
-from weightcache.tensors import TORCH_DTYPES, Binder, check_fit, fill_module, resolve_device, torch_form
+from weightcache.tensors import TORCH_DTYPES, Binder, check_fit, fill_module, torch_form
+from weightcache.tiers.device import resolve_device
 
+NO_DRIVER = "libno-such-driver.so.1"
 NOT_IN_TORCH = ("F6_E2M3", "F6_E3M2")
 
 
@@ -194,7 +196,7 @@ def test_config_is_the_models_own(tmp_path: Path, files: dict[str, str], config:
 
 
 def test_auto_says_what_it_chose() -> None:
-    chosen, why = resolve_device("auto")
+    chosen, why = resolve_device("auto", NO_DRIVER)
     assert chosen.type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert why.startswith(str(chosen))
 
@@ -202,7 +204,7 @@ def test_auto_says_what_it_chose() -> None:
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "cpu:x", 3.5])
 def test_device_that_is_not_there_is_refused(device: str) -> None:
     with pytest.raises(DeviceError, match="device"):
-        resolve_device(device)
+        resolve_device(device, NO_DRIVER)
 
 
 # Modules

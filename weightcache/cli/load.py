@@ -25,6 +25,7 @@ from weightcache.cli.output import Output, show_table, size
 @click.command()
 @uri_argument
 @device_option
+@click.option("--dtype", help="Convert floating-point tensors: bfloat16, float16, float32 or float64.")
 @include_option
 @exclude_option
 @cache_option
@@ -79,6 +80,11 @@ def prefetch(output: Output, /, uri: str, tier: str, **options: Any) -> None:
 
     Example: weightcache prefetch s3://bucket/llama-3-8b
     """
+    if tier == "host":
+        raise weightcache.errors.ConfigError(
+            "tier='host': host memory is kept by the process that loads, and this command ends: prefetch to 'disk', or "
+            "call weightcache.prefetch(uri, tier='host') there"
+        )
     with output.progress("prefetch") as progress:
         facts = weightcache.prefetch(uri, tier, progress=progress, **options).as_dict()
     output.result(facts, lambda: _show_report(facts))
@@ -129,6 +135,7 @@ def _show_plan(facts: Mapping[str, Any]) -> None:
         ("tensors", f"{facts['n_tensors']}, {size(facts['tensor_bytes'])}, from {facts['n_shards']} shards"),
         ("files", str(facts["n_files"])),
         ("host memory", size(facts["image_bytes"])),
+        ("from host memory", size(facts["host_bytes"])),
         ("from disk", f"{size(facts['disk_bytes'])} in {facts['n_reads']} reads"),
         ("from origin", f"{size(facts['origin_bytes'])} in {facts['n_fetches']} fetches"),
     ]

@@ -6,10 +6,13 @@ Never follows a link out of the folder, and never maps a file: the file may shri
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import os
 import stat as modes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from pathlib import Path
 
 from weightcache.errors import (
@@ -19,9 +22,21 @@ from weightcache.errors import (
     OriginError,
     UnsafePathError,
 )
-from weightcache.files import read_file
 from weightcache.manifest import MAX_PATH_NBYTES
+from weightcache.operations import Crew, HostPlace, Operations, Place, address_of
 from weightcache.origins.base import Stat
+
+Told = Callable[[list[int]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class FileRange:
+    """Bytes `[start, start + nbytes)` of a file, and where they go."""
+
+    stat: Stat
+    start: int
+    nbytes: int
+    place: Place
 
 
 class LocalOrigin:
@@ -113,8 +128,41 @@ class LocalOrigin:
         entry = folder.parent.parent
         return folder.parent.name == "snapshots" and target.is_relative_to(entry / "blobs")
 
-    def _read_into(self, stat: Stat, start: int, views: Sequence[memoryview]) -> None:
-        path = self._folder / stat.path
+    def read(self, ranges: Sequence[FileRange], crew: Crew, on_done: Told) -> None:
+        """Bring ranges of files to their places, on this thread and the engine's; tells the indexes of those done.
+
+        Raises:
+            OriginChangedError: A file is not in the state its range names, or was not when all was read.
+            OriginError: A file cannot be read.
+            Stopped: The crew was told to.
+        """
+        with contextlib.ExitStack() as opened:
+            fds: dict[str, int] = {}
+            operations = Operations()
+            for each in ranges:
+                if each.stat.path not in fds:
+                    fds[each.stat.path] = opened.enter_context(self._open(each.stat))
+                operations.read_open(fds[each.stat.path], each.start, each.nbytes, each.place)
+            failure = operations.run(crew, on_done)
+            if failure is None:
+                return
+            failed = ranges[failure.index]
+            if failure.errno == errno.ENODATA:
+                raise OriginChangedError(
+                    f"{self.path(failed.stat.path)} ended before {failed.start + failed.nbytes}, expected "
+                    f"{failed.stat.nbytes} bytes; load again"
+                )
+            error = failure.as_error(f"bytes [{failed.start}, {failed.start + failed.nbytes}) of {failed.stat.path}")
+            if not isinstance(error, OSError):
+                raise error
+            raise OriginError(
+                f"cannot read {self.path(failed.stat.path)} at {failed.start}: {error.strerror}; look at the disk"
+            ) from error
+
+    @contextlib.contextmanager
+    def _open(self, stat: Stat) -> Iterator[int]:
+        """Open a file for the length of the block, which must find and leave it in its state."""
+        path = self.path(stat.path)
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except PermissionError as exc:
@@ -123,17 +171,18 @@ class LocalOrigin:
             raise OriginChangedError(f"{path} is gone ({exc.strerror}): it was there when the load began") from exc
         try:
             self._check_unchanged(fd, path, stat)
-            at = start
-            for view in views:
-                n_read = read_file(path, fd, at, view)
-                if n_read != len(view):
-                    raise OriginChangedError(f"{path} ended at {at + n_read}, expected {stat.nbytes} bytes; load again")
-                at += len(view)
+            yield fd
             self._check_unchanged(fd, path, stat)
-        except OSError as exc:
-            raise OriginError(f"cannot read {path} at {start}: {exc.strerror or exc}; look at the disk") from exc
         finally:
             os.close(fd)
+
+    def _read_into(self, stat: Stat, start: int, views: Sequence[memoryview]) -> None:
+        ranges: list[FileRange] = []
+        for view in views:
+            if view:
+                ranges.append(FileRange(stat, start, len(view), HostPlace(address_of(view))))
+            start += len(view)
+        self.read(ranges, Crew(threads=1), lambda done: None)
 
     def _check_unchanged(self, fd: int, path: Path, stat: Stat) -> None:
         if _etag(os.fstat(fd)) != stat.etag:

@@ -14,11 +14,13 @@ Never shows a chunk before it is whole, synced and checked; never truncates one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +33,6 @@ from weightcache.files import (
     is_network,
     publish,
     publish_bytes,
-    read_file,
     remove_dead,
     staged,
     sweep,
@@ -40,6 +41,7 @@ from weightcache.files import (
 from weightcache.layout import pages
 from weightcache.locks import Flight, Lease, exclusive, leased_models
 from weightcache.manifest import CHUNK_LIMIT_NBYTES, FORMAT_VERSION, Manifest, Shard
+from weightcache.operations import Crew, Failure, HostPlace, Operations, Place, address_of
 from weightcache.tiers.catalogue import Catalogue, CatalogueDamagedError, discard
 from weightcache.tiers.eviction import HIGH_WATERMARK, LOW_WATERMARK, Resident, choose_victims
 from weightcache.tiers.records import ModelRecord, Records
@@ -48,6 +50,15 @@ log = logging.getLogger(__name__)
 
 AUTO_BUDGET_SHARE = 0.8
 N_QUARANTINED = 4
+
+
+@dataclass(frozen=True, slots=True)
+class WantedChunk:
+    """A chunk and where it is to go."""
+
+    digest: Digest
+    nbytes: int
+    place: Place
 
 
 class DiskTier:
@@ -138,26 +149,104 @@ class DiskTier:
         raise self._catalogue.damage(f"chunk:{digest.hex} is no number and checksum")
 
     def read_into(self, digest: Digest, target: memoryview) -> bool:
-        path = self._path(digest)
+        wanted = [WantedChunk(digest, len(target), HostPlace(address_of(target)))]
+        return not self.read(wanted, Crew(threads=1), lambda index: None)
+
+    def read(self, wanted: Sequence[WantedChunk], crew: Crew, on_done: Callable[[int], None]) -> list[int]:
+        """Bring chunks to their places, each checked, on this thread and the engine's.
+
+        Args:
+            wanted: Any number, from any model.
+            crew: Who reads.
+            on_done: Told, on this thread, the index of each chunk once it is in its place.
+
+        Returns:
+            The indexes of chunks that are not here, or were rotten and have been set aside: fetch them again.
+
+        Raises:
+            DeviceError, CapacityError: A place cannot be filled.
+            Stopped: The crew was told to.
+        """
+        missed: list[int] = []
+        left = [*range(len(wanted))]
+        self.look({each.digest for each in wanted} - self._known.keys())
+        for index in [index for index in left if self._known.get(wanted[index].digest) is None]:
+            left.remove(index)
+            if self._read_by_digest(wanted[index], crew):
+                on_done(index)
+            else:
+                missed.append(index)
+        folder_fd = os.open(self._chunks, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            self._clear(digest)
-            return False
-        except OSError as exc:
-            log.warning("chunk %s cannot be opened (%s) and is fetched again", digest, exc.strerror)
-            return False
-        try:
-            for _ in range(2):  # a mismatch is read once more, past the page cache, before it counts as rot
-                if read_file(path, fd, 0, target) == len(target) and self._is_right(digest, target):
-                    return True
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        except OSError as exc:
-            log.warning("chunk %s cannot be read (%s)", digest, exc.strerror)
+            while left:
+                operations = Operations(folder_fd)
+                for index in left:
+                    each = wanted[index]
+                    name = f"{each.digest.hex[:2]}/{each.digest.hex}"
+                    operations.read_named(name, 0, each.nbytes, each.place, checksum=self._known.get(each.digest))
+
+                def tell(done: Sequence[int], left: Sequence[int] = tuple(left)) -> None:
+                    for index in done:
+                        on_done(left[index])
+
+                failure = operations.run(crew, tell)
+                if failure is None:
+                    break
+                bad = left[failure.index]
+                self._set_aside(wanted[bad].digest, failure)
+                missed.append(bad)
+                left = [each for index, each in enumerate(left) if each != bad and not operations.is_done(index)]
         finally:
-            os.close(fd)
+            os.close(folder_fd)
+        return missed
+
+    def _read_by_digest(self, wanted: WantedChunk, crew: Crew) -> bool:
+        """Read a chunk whose checksum is not known, and learn it."""
+        memory = _engine.Memory(pages(wanted.nbytes))
+        content = memoryview(memory)[: wanted.nbytes]
+        failure = self._read_alone(wanted.digest, content, past_cache=False)
+        if failure is None and Digest.of(content) != wanted.digest:
+            failure = self._read_alone(wanted.digest, content, past_cache=True)
+            if failure is None and Digest.of(content) != wanted.digest:
+                failure = Failure(0, errno.EBADMSG, 0)
+        if failure is not None:
+            self._set_aside(wanted.digest, failure)
+            return False
+        self._known[wanted.digest] = checksum(content)
+        with self._catalogue.transaction():  # only what is entered is counted, and it may have been dropped meanwhile
+            if self._row(wanted.digest) is not None:
+                self._catalogue.set(f"chunk:{wanted.digest.hex}", [len(content), self._known[wanted.digest]])
+        operations = Operations()
+        operations.copy(memory.address, wanted.nbytes, wanted.place)
+        failure = operations.run(crew)
+        if failure is not None:
+            raise failure.as_error(f"chunk {wanted.digest}")
+        return True
+
+    def _read_alone(self, digest: Digest, target: memoryview, *, past_cache: bool) -> Failure | None:
+        """Read a chunk's file unchecked."""
+        folder_fd = os.open(self._path(digest).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            operations = Operations(folder_fd)
+            operations.read_named(digest.hex, 0, len(target), HostPlace(address_of(target)), past_cache=past_cache)
+            return operations.run(Crew(threads=1))
+        finally:
+            os.close(folder_fd)
+
+    def _set_aside(self, digest: Digest, failure: Failure) -> None:
+        """Make a chunk that could not be read a miss from now on, or raise what is not the chunk's fault."""
+        if failure.errno == errno.ENOENT:
+            self._clear(digest)
+            return
+        error = failure.as_error(f"chunk {digest}")
+        if not isinstance(error, OSError):
+            raise error
+        if failure.errno in (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM):
+            log.warning("chunk %s cannot be opened (%s) and is fetched again", digest, error.strerror)
+            return
+        if failure.errno != errno.EBADMSG:
+            log.warning("chunk %s cannot be read (%s)", digest, error.strerror)
         self.quarantine(digest)
-        return False
 
     def write(self, digest: Digest, checksum: int, content: memoryview) -> bool:
         nbytes = pages(len(content))
@@ -239,18 +328,6 @@ class DiskTier:
         kept = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
         for path in kept[:-N_QUARANTINED]:
             path.unlink(missing_ok=True)
-
-    def _is_right(self, digest: Digest, content: memoryview) -> bool:
-        expected = self._known.get(digest)
-        if expected is not None:
-            return checksum(content) == expected
-        if Digest.of(content) != digest:
-            return False
-        self._known[digest] = checksum(content)
-        with self._catalogue.transaction():  # only what is entered is counted, and it may have been dropped meanwhile
-            if self._row(digest) is not None:
-                self._catalogue.set(f"chunk:{digest.hex}", [len(content), self._known[digest]])
-        return True
 
     def _remove(self, digest: Digest, nbytes: int) -> None:
         """Take a chunk out of the catalogue, in the transaction that its file leaves in: who counts waits for both."""
@@ -397,11 +474,11 @@ class DiskTier:
                 return "rotten"
             if deep:
                 content = memoryview(_engine.Memory(nbytes))
-                with path.open("rb", buffering=0) as file:
-                    # What the disk holds counts, not what the page cache remembers.
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                    n_read = read_file(path, file.fileno(), 0, content)
-                if n_read != nbytes or Digest.of(content) != digest:
+                # What the disk holds counts, not what the page cache remembers.
+                failure = self._read_alone(digest, content, past_cache=True)
+                if failure is not None and failure.errno == errno.ENOENT:
+                    return "lost"
+                if failure is not None or Digest.of(content) != digest:
                     return "rotten"
         except FileNotFoundError:
             return "lost"

@@ -1,0 +1,187 @@
+"""Own the delivery of one request: the device it is for, the memory its tensors go to, what fills that, what is said.
+
+Never describes a model and never binds a tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightcache.arrival import Counter
+from weightcache.config import read_settings
+from weightcache.errors import DeviceError
+from weightcache.layout import ChunkKey, Layout, Wanted, lay_out, lay_out_in_place, pack
+from weightcache.locks import exclusive
+from weightcache.machine import memory_available_bytes
+from weightcache.operations import Crew
+from weightcache.origins.base import Stat
+from weightcache.planning import Plan
+from weightcache.report import Report
+from weightcache.session import Request, Session, chunks_of, fall_back, open_session, sizes_of
+from weightcache.tiers.host import AttachedImage, HeldImage, Image, Scratch, host_tier
+from weightcache.transfer import Destination, Keeping, Transfer
+
+if TYPE_CHECKING:
+    import torch
+
+    from weightcache.arrival import Home
+    from weightcache.tiers.device import Landing
+
+LEAST_WAITING_NBYTES = 256 << 20  # of bytes that may wait for the disk while a device is filled
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """The device a load is for, and how its memory is reached: None for host memory, or for torch's own copies."""
+
+    chosen: torch.device
+    landing: Landing | None
+
+
+def open_for(request: Request, device: str | torch.device, report: Report) -> tuple[Session, Where]:
+    from weightcache.tiers.device import land, resolve_device
+
+    settings = read_settings()
+    chosen, why = resolve_device(device, settings.libcuda)
+    if why:
+        report.choices["device"] = why
+    session = open_session(request, report)
+    landing = None
+    if chosen.type == "cuda":
+        try:
+            landing = land(settings.libcuda, chosen, session.threads.n_workers)
+            report.choices["ring"] = landing.device.describe_ring()
+        except DeviceError as exc:
+            # torch has the device, so it can be filled, if not by our engine.
+            fall_back(report, f"tensors go to {chosen} by torch's own copies, which is slower: {exc}")
+    return session, Where(chosen, landing)
+
+
+def find_held(session: Session, wanted: Iterable[Wanted]) -> HeldImage | None:
+    """Return the image of this state of the model that this process keeps in host memory, if it has all of it."""
+    return host_tier.find(session.key, str(session.manifest.revision), chunks_of(wanted), time.time())
+
+
+def is_attached(held: HeldImage | None, where: Where) -> bool:
+    """Tell whether tensors are where they are wanted without being moved."""
+    return held is not None and where.landing is None
+
+
+def home_for(session: Session, wanted: Sequence[Wanted], where: Where, held: HeldImage | None) -> Home:
+    """Make the memory that tensors go to, or take that in which they are."""
+    manifest, sizes = session.manifest, sizes_of(session.manifest, chunks_of(wanted))
+    if where.landing is not None:
+        from weightcache.tiers.device import Slab
+
+        return Slab(pack(manifest, wanted), where.landing, Scratch(sizes))
+    if held is not None:
+        session.tally.host_bytes += sum(sizes.values())
+        return AttachedImage(held, {tensor.name for tensor in wanted})
+    return Image(lay_out_for(session, wanted), sizes)
+
+
+def lay_out_for(session: Session, wanted: Sequence[Wanted]) -> Layout:
+    return (lay_out if session.in_place is None else lay_out_in_place)(session.manifest, wanted)
+
+
+@contextlib.contextmanager
+def using(session: Session, held: HeldImage | None, where: Where) -> Iterator[None]:
+    """Keep an image from leaving while it is copied from, and registered for the device where that pays."""
+    if held is None or where.landing is None:
+        yield
+        return
+    held.n_users += 1
+    try:
+        device = where.landing.device
+        with (
+            exclusive(session.settings.dir / "register.lock")
+            if session.settings.dir.is_dir()
+            else contextlib.nullcontext()
+        ):
+            why_not = held.lock_for(device, device.register)
+        if why_not:
+            session.report.choices["registration"] = why_not
+        yield
+    finally:
+        held.n_users -= 1
+
+
+def transfer_of(
+    session: Session,
+    destination: Destination,
+    landing: Landing | None = None,
+    held: HeldImage | None = None,
+    *,
+    wait_for_disk: bool = False,
+) -> Transfer:
+    keeping = None
+    if session.disk is not None and session.behind is not None:
+        session.flight = session.flight or session.disk.flight()
+        keeping = Keeping(session.disk, session.shard_keys, session.flight, session.behind)
+        if landing is not None:
+            keeping.waiting_bytes = max(LEAST_WAITING_NBYTES, memory_available_bytes() // 2)
+    return Transfer(
+        manifest=session.manifest,
+        origin=session.origin,
+        local=session.in_place,
+        keeping=keeping,
+        held=held,
+        destination=destination,
+        threads=session.threads,
+        crew=Crew(
+            session.threads.n_workers,
+            landing.target if landing else None,
+            landing.device.cpus if landing else b"",
+            session.tally.counters,
+        ),
+        connections=session.settings.connections,
+        wait_for_disk=wait_for_disk,
+        tally=session.tally,
+    )
+
+
+async def move(session: Session, transfer: Transfer, plan: Plan) -> None:
+    await transfer.run(plan)
+    if session.origin is not None and plan.fetches:
+        shards = [session.manifest.shards[index] for index in sorted({fetch.shard for fetch in plan.fetches})]
+        await session.origin.check_unchanged([Stat(shard.path, shard.nbytes, shard.etag) for shard in shards])
+
+
+def account(session: Session) -> None:
+    """Enter into the report what the transfers did."""
+    tally, report = session.tally, session.report
+    report.bytes["origin"] += tally.origin_bytes
+    report.bytes["disk"] += tally.disk_bytes
+    report.bytes["host"] += tally.host_bytes
+    if tally.followed_bytes:
+        report.choices["fetch"] = (
+            f"{tally.followed_bytes} of the bytes from disk were fetched by other processes meanwhile"
+        )
+    if tally.n_rotten:
+        report.warnings.append(f"{tally.n_rotten} chunks on disk were lost or rotten and fetched again")
+    if tally.unstored_bytes:
+        fall_back(
+            report,
+            f"{tally.unstored_bytes} bytes are not kept on disk, which was slower than the origin: the next load fetches "
+            "them again, or weightcache prefetch does now",
+        )
+    counters = tally.counters
+    if counters.direct or counters.cached:
+        ways = {"past the page cache (O_DIRECT)": counters.direct, "through the page cache": counters.cached}
+        said = " and ".join(f"{nbytes} bytes {way}" for way, nbytes in ways.items() if nbytes)
+        refused = f"; O_DIRECT was refused: {os.strerror(counters.refused)}" if counters.refused else ""
+        report.choices["read"] = said + refused
+    if counters.copied or counters.by_device:
+        ways = {"through the ring": counters.copied, "from registered memory": counters.by_device}
+        report.choices["to the device"] = " and ".join(
+            f"{nbytes} bytes {way}" for way, nbytes in ways.items() if nbytes
+        )
+
+
+def counter_of(session: Session, keys: Iterable[ChunkKey]) -> Counter:
+    return Counter(session.request.progress, sum(sizes_of(session.manifest, list(keys)).values()))

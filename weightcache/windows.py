@@ -1,0 +1,125 @@
+"""Own a model on its way in groups of tensors, a few at a time, so that no more of it is held than is used.
+
+Never keeps a group that its tensors' users have let go of.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from weightcache.arrival import Arrival, Counter
+from weightcache.delivery import Where, account, counter_of, find_held, home_for, is_attached, move, transfer_of, using
+from weightcache.layout import ChunkKey, Wanted, windows
+from weightcache.modelfiles import missing_file_keys
+from weightcache.session import Session, chunks_of, decide, describe_model, find_wanted
+from weightcache.transfer import first_of
+
+if TYPE_CHECKING:
+    import torch
+
+WINDOW_NBYTES = 256 << 20  # sixteen ranges: what the connections keep under way together
+WINDOWS_AHEAD = 2  # one being used, one on its way
+
+
+class Windows:
+    """A model on its way in groups of tensors, a few at a time, so that no more of it is held than is used.
+
+    Iterating yields (tensor wanted, tensor) in the order they arrive, each verified. `begin` before, `close` after.
+    """
+
+    def __init__(self, session: Session, where: Where, *, with_files: bool = False) -> None:
+        self.wanted: list[Wanted] = []
+        self.files: dict[ChunkKey, memoryview] = {}
+        self._session = session
+        self._where = where
+        self._with_files = with_files
+        self._described = threading.Event()
+        self._arrived: queue.SimpleQueue[tuple[Arrival, int] | None] = queue.SimpleQueue()
+        self._gate = asyncio.Semaphore(WINDOWS_AHEAD)
+        self._job = session.threads.start(self._bring())
+
+    def begin(self) -> list[Wanted]:
+        """Wait until the model is described, and return its tensors."""
+        self._described.wait()
+        if self._job.outcome.done():
+            self._job.outcome.result()
+        return self.wanted
+
+    def __iter__(self) -> Iterator[tuple[Wanted, torch.Tensor]]:
+        from weightcache.tensors import CPU, Binder
+        from weightcache.tiers.device import Slab
+
+        by_name = {tensor.name: tensor for tensor in self.begin()}
+        binders: dict[Arrival, tuple[Binder, list[int]]] = {}  # and how many of its tensors are still to come
+        while (each := self._arrived.get()) is not None:
+            arrival, index = each
+            home = arrival.home
+            if arrival not in binders:
+                binder = Binder(home.base) if isinstance(home, Slab) else Binder.over(home.memory, CPU)
+                binders[arrival] = binder, [len(home.tensors)]
+            binder, left = binders[arrival]
+            placed = home.tensors[index]
+            tensor = binder.bind(placed.entry, placed.offset)
+            left[0] -= 1
+            if left[0] == 0:
+                del binders[arrival]
+                self._session.threads.loop.call_soon_threadsafe(self._gate.release)
+            del each, arrival, home, binder
+            yield by_name[placed.name], tensor if self._where.landing else tensor.to(self._where.chosen)
+        self._job.outcome.result()
+
+    def close(self) -> None:
+        """Stop what is under way."""
+        self._job.cancel()
+
+    async def _bring(self) -> None:
+        session, report = self._session, self._session.report
+        try:
+            with report.stage("describe"):
+                await describe_model(session)
+            with report.stage("look"):
+                self.wanted = find_wanted(session)
+                file_keys = missing_file_keys(session) if self._with_files else []
+                counter = counter_of(session, [*chunks_of(self.wanted), *file_keys])
+                self._described.set()
+            with report.stage("move"):
+                async with asyncio.TaskGroup() as group:
+                    for number, window in enumerate(windows(self.wanted, WINDOW_NBYTES)):
+                        await self._gate.acquire()
+                        group.create_task(self._bring_window(window, [] if number else file_keys, counter))
+                    if not self.wanted:
+                        group.create_task(self._bring_window([], file_keys, counter))
+        except BaseExceptionGroup as failures:
+            raise first_of(failures) from None
+        finally:
+            account(session)
+            self._described.set()
+            self._arrived.put(None)
+            await session.close_origin()
+
+    async def _bring_window(self, window: Sequence[Wanted], file_keys: Sequence[ChunkKey], counter: Counter) -> None:
+        session, where = self._session, self._where
+        held = find_held(session, window)
+        home = await asyncio.get_running_loop().run_in_executor(
+            session.threads.workers, home_for, session, window, where, held
+        )
+        owner: list[Arrival] = []
+        keys = [*([] if is_attached(held, where) else chunks_of(window)), *file_keys]
+        arrived = self._arrived
+        arrival = Arrival(session, home, keys, counter, lambda index: arrived.put((owner[0], index)))
+        owner.append(arrival)
+        try:
+            arrival.begin()
+            if is_attached(held, where):
+                for index in range(len(home.tensors)):
+                    arrived.put((arrival, index))
+            with using(session, held, where):
+                plan = decide(session, keys, held.layout.chunks if held else ())
+                await move(session, transfer_of(session, arrival, where.landing, held), plan)
+            self.files.update(arrival.files)
+        finally:
+            owner.clear()
