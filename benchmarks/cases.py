@@ -1,9 +1,8 @@
 """Own the loaders that are compared, and one measured run: the program of the subprocess that each run gets.
 
 Never decides what is compared with what. Speaks JSON lines: it hears a job, imports what its loader needs, puts page
-cache and free memory into the state wanted, says "ready", waits for a line, runs, and says what it measured.
-
-A loader takes the job and returns what is timed; what it does before it returns (its imports) is not.
+cache and free memory into the state wanted, says "ready", waits for a line, runs, and says what it measured, or why it
+failed.
 """
 
 from __future__ import annotations
@@ -14,18 +13,20 @@ import json
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import engine_cases
 import measuring
 import safetensors.torch
 import torch
+from measuring import Job, Loaded, Loader
 
 MIB = 1 << 20
 RANGE_NBYTES = 16 * MIB  # weightcache's own, see Settings.range_bytes
@@ -33,23 +34,6 @@ N_CONNECTIONS = 16  # likewise
 DIRECT_NBYTES = 8 * MIB  # a direct read; with N_READERS the fastest of ten settings tried, 15 % above 4 of 16 MiB
 N_READERS = 8
 HUB_WORKERS = 8  # as huggingface_hub.snapshot_download does
-
-Job = Mapping[str, Any]
-Tensors = Mapping[str, torch.Tensor]
-
-
-@dataclass
-class Loaded:
-    """What a loader delivered: tensors, what makes it durable, what to say of it, seconds if not the clock's."""
-
-    tensors: Tensors = field(default_factory=dict)
-    store: Callable[[], object] | None = None
-    facts: Callable[[], dict[str, Any]] = dict
-    seconds: float | None = None
-
-
-Loader = Callable[[Job], Callable[[], Loaded]]
-
 
 # -- weightcache
 
@@ -73,6 +57,14 @@ def weightcache(job: Job, *, offline: bool = False) -> Callable[[], Loaded]:
 def weightcache_offline(job: Job) -> Callable[[], Loaded]:
     """Load what the node has, without asking the origin whether it is still current."""
     return weightcache(job, offline=True)
+
+
+def weightcache_hosted(job: Job) -> Callable[[], Loaded]:
+    """Load what this process has brought to host memory before."""
+    module = _weightcache_with_imports()
+    load = weightcache(job)
+    module.prefetch(job["uri"], tier="host", storage_options=job["storage_options"])
+    return load
 
 
 def plan(job: Job) -> Callable[[], Loaded]:
@@ -182,13 +174,16 @@ def raw_direct(job: Job) -> Callable[[], Loaded]:
     """Read the files with O_DIRECT, N_READERS at a time, into memory populated before the clock: the disk's limit."""
     from weightcache import _engine
 
-    pieces, target = _pieces({path: Path(path).stat().st_size for path in job["files"]}, DIRECT_NBYTES)
+    align = _engine.ALIGNMENT  # of offset, length and address; a file's last block is read short
+    sizes = {path: -(-Path(path).stat().st_size // align) * align for path in job["files"]}
+    pieces, target = _pieces(sizes, DIRECT_NBYTES)
 
     def read(piece: tuple[str, int, memoryview]) -> None:
         path, start, view = piece
         fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
         try:
-            _engine.read_into(fd, start, view)
+            if os.preadv(fd, [view], start) <= len(view) - align:
+                raise OSError(f"a short read at {start}")
         finally:
             os.close(fd)
 
@@ -326,6 +321,8 @@ LOADERS: Mapping[str, Loader] = {
         s3fs,
         hub,
         raw_get,
+        weightcache_hosted,
+        *engine_cases.LOADERS,
     )
 }
 
@@ -341,8 +338,7 @@ def measure(run: Callable[[], Loaded]) -> dict[str, Any]:
     began, cpu_began = time.perf_counter(), time.process_time()
     loaded = run()
     result: dict[str, Any] = {"seconds": time.perf_counter() - began, "cpu_s": time.process_time() - cpu_began}
-    if loaded.seconds is not None:
-        result["seconds"] = loaded.seconds
+    result |= {name: value for name in ("seconds", "cpu_s") if (value := getattr(loaded, name)) is not None}
     if loaded.store is not None:
         loaded.store()
         result["stored_s"] = time.perf_counter() - began
@@ -367,13 +363,18 @@ def main() -> None:
     warnings.resetwarnings()  # a peer's deprecation is no failure of the measurement
     job = json.loads(sys.stdin.readline())
     os.environ.update(job["environment"])
-    run = LOADERS[job["loader"]](job)
-    state = set_page_cache(job["page_cache"], measuring.files_below(Path(job["reads"])) if job["reads"] else [])
-    if job["back_nbytes"]:
-        measuring.back_memory(job["back_nbytes"])
-    print(json.dumps("ready"), flush=True)
-    sys.stdin.readline()
-    print(json.dumps({"page_cache": state, **measure(run)}), flush=True)
+    try:
+        run = LOADERS[job["loader"]](job)
+        state = set_page_cache(job["page_cache"], measuring.files_below(Path(job["reads"])) if job["reads"] else [])
+        if job["back_nbytes"]:
+            measuring.back_memory(job["back_nbytes"])
+        print(json.dumps("ready"), flush=True)
+        sys.stdin.readline()
+        result = {"page_cache": state, **measure(run)}
+    except Exception as error:
+        traceback.print_exc(limit=-3)  # the deepest frames
+        result = {"failed": f"{type(error).__name__}: {error}"}
+    print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

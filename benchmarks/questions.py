@@ -6,12 +6,12 @@ Never measures and never prints.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import measuring
 from rows import Judge, Row, Verdict, at_most, little_memory, no_slower
-from workshop import N_HERD, Case, Result, Workshop
+from workshop import N_HERD, Case, CaseFailed, Result, Workshop
 
 HERD_ROUNDS = 3
 TRAFFIC_LIMIT = 1.01  # the listing's XML comes on top of the bytes of files and headers
@@ -28,10 +28,11 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came out: rows by case, and verdicts."""
+    """What came out: rows by case, verdicts, and why cases failed, which is a miss each."""
 
     rows: Mapping[str, Row]
     verdicts: list[Verdict]
+    failures: Mapping[str, str] = field(default_factory=dict)
 
 
 class Question(Protocol):
@@ -47,30 +48,42 @@ class Question(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Cases against each other: interleaved, each round begun by another case, the first round thrown away."""
+    """Cases against each other: interleaved, each round begun by another case, the first rounds thrown away.
+
+    A case that fails takes no part in later rounds.
+    """
 
     name: str
     asks: str
     model: str
     cases: tuple[Case, ...]
     judges: tuple[Judge, ...]
+    n_thrown_away: int = 1
 
     def answer(self, workshop: Workshop, repeats: int, say: Say) -> Answer:
         cases = [case for case in self.cases if case.is_installed]
         for case in self.cases:
             if not case.is_installed:
-                say(f"{self.name}: {case.name} skipped: no module {case.needs} here (pip install it to compare)")
+                say(f"{self.name}: {case.name} skipped: no {case.needs.lstrip(':')} here (install it to compare)")
         results: dict[str, list[Result]] = {case.name: [] for case in cases}
-        for number in range(repeats + 1):
+        failures: dict[str, str] = {}
+        for number in range(self.n_thrown_away + repeats):
             first = number % len(cases)
             for case in cases[first:] + cases[:first]:
-                result = workshop.run(case, self.model)
+                if case.name in failures:
+                    continue
+                try:
+                    result = workshop.run(case, self.model)
+                except CaseFailed as failed:
+                    failures[case.name] = str(failed)
+                    say(f"{self.name} round {number}: {case.name} failed: {failed}")
+                    continue
                 say(f"{self.name} round {number}: {case.name} {result['seconds']:.3f} s")
-                if number:
+                if number >= self.n_thrown_away:
                     results[case.name].append(result)
         nbytes = workshop.nbytes(self.model)
-        rows = {case.name: Row.of(case.name, nbytes, results[case.name]) for case in cases}
-        return Answer(rows, [verdict for judge in self.judges for verdict in judge(rows)])
+        rows = {case.name: Row.of(case.name, nbytes, ran) for case in cases if (ran := results[case.name])}
+        return Answer(rows, [verdict for judge in self.judges for verdict in judge(rows)], failures)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from typing import Any
 MIB = 1 << 20
 GB = 10**9
 MEMORY_LIMIT_NBYTES = 256 * MIB
+NO_COPY_NBYTES = 64 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,20 +85,24 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A number held against its target."""
+    """A number held against its target: the most it may be, or the least where `is_least`."""
 
     what: str
     value: float
     limit: float
     unit: str = ""
+    is_least: bool = False
 
     @property
     def passed(self) -> bool:
-        return self.value <= self.limit
+        return self.value >= self.limit if self.is_least else self.value <= self.limit
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"unit": self.unit.strip(), "passed": self.passed}
 
     def __str__(self) -> str:
-        word = "pass" if self.passed else "MISS"
-        return f"  {word}  {self.what}: {self.value:.3f}{self.unit}, target at most {self.limit:g}{self.unit}"
+        word, bound = "pass" if self.passed else "MISS", "at least" if self.is_least else "at most"
+        return f"  {word}  {self.what}: {self.value:.3f}{self.unit}, target {bound} {self.limit:g}{self.unit}"
 
 
 Rows = Mapping[str, Row]
@@ -117,8 +122,53 @@ def no_slower(ours: str, peer: str) -> Judge:
 
 
 def at_most(case: str, limit_s: float) -> Judge:
-    """Hold a median against a time."""
-    return lambda rows: [Verdict(case, rows[case].seconds.median, limit_s, " s")]
+    """Hold a median against a time; without verdict where the case was skipped."""
+    return lambda rows: [Verdict(case, rows[case].seconds.median, limit_s, " s")] if case in rows else []
+
+
+def times_as_fast(ours: str, peers: Sequence[str], least: float) -> Judge:
+    """Hold how many times as fast ours is, by medians, as the fastest of those peers that ran."""
+
+    def judge(rows: Rows) -> list[Verdict]:
+        present = [rows[peer] for peer in peers if peer in rows]
+        if ours not in rows or not present:
+            return []
+        fastest = min(present, key=lambda row: row.seconds.median)
+        ratio = fastest.seconds.median / rows[ours].seconds.median
+        return [Verdict(f"speed of {ours} / {fastest.case}", ratio, least, "x", is_least=True)]
+
+    return judge
+
+
+def cpu_at_most(case: str, limit_s_per_gb: float) -> Judge:
+    """Hold a case's CPU seconds per GB against a limit."""
+
+    def judge(rows: Rows) -> list[Verdict]:
+        if case not in rows:
+            return []
+        return [Verdict(f"CPU of {case}", rows[case].cpu_s / rows[case].nbytes * GB, limit_s_per_gb, " s/GB")]
+
+    return judge
+
+
+def cpu_share(ours: str, peer: str, most: float) -> Judge:
+    """Hold ours' CPU seconds against a share of a peer's."""
+
+    def judge(rows: Rows) -> list[Verdict]:
+        if ours not in rows or peer not in rows:
+            return []
+        return [Verdict(f"CPU of {ours} / {peer}", rows[ours].cpu_s / rows[peer].cpu_s, most, "x")]
+
+    return judge
+
+
+def no_copy(case: str) -> Judge:
+    """Hold the memory that a case took beside what was there before its clock against NO_COPY_NBYTES."""
+    return lambda rows: (
+        [Verdict(f"new memory of {case}", rows[case].peak_nbytes / MIB, NO_COPY_NBYTES / MIB, " MiB")]
+        if case in rows
+        else []
+    )
 
 
 def little_memory(rows: Rows) -> list[Verdict]:

@@ -9,9 +9,10 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,17 @@ from models import (
     tensor_nbytes,
     write_llama_1b,
     write_many_small,
+    write_safetensors,
     write_sharded,
 )
-from servers import Proxy, S3Server
+from servers import Bucket, Proxy, S3Server
 
 CASES = Path(__file__).with_name("cases.py")
 RUN_TIMEOUT_S = 600.0
 SIGNED_FOR_S = 6 * 3600
 HIDDEN_PREFIXES = ("AWS_", "WEIGHTCACHE_", "HF_", "RUNAI_")
 N_HERD = 8
+SINGLE_N_TENSORS = {False: 120, True: 8}  # of 16 MiB; by `quick`
 BACKED_SHARE = 1.25  # of a model's bytes: free memory made sure of before the clock, see measuring.back_memory,
 BACKED_NBYTES = 256 << 20  # and this beside
 PROCESS_NBYTES = 400 << 20  # a process with torch and the S3 client, generously
@@ -54,7 +57,8 @@ class Case:
         source: What it loads from: `folder` (this disk), `tier` (a filled cache folder, the bucket behind it), `origin`
             (the bucket, an empty cache folder), `proxy` (as origin, through the counting proxy).
         page_cache: State of the files it reads from this disk: `cold`, `warm`, or empty where it reads none.
-        needs: The module an optional peer needs.
+        needs: The module, or the `program` behind a colon, an optional peer needs.
+        options: For the loader, as its part of the job.
     """
 
     name: str
@@ -62,14 +66,21 @@ class Case:
     source: str
     page_cache: str = ""
     needs: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_installed(self) -> bool:
+        if self.needs.startswith(":"):
+            return shutil.which(self.needs[1:]) is not None
         return not self.needs or importlib.util.find_spec(self.needs) is not None
 
 
+class CaseFailed(Exception):
+    """A run ended with an error; its message says which."""
+
+
 class Workshop:
-    """Makes models, buckets and caches when they are first asked for; a context manager.
+    """Makes models, servers, buckets and caches when they are first asked for; a context manager.
 
     Args:
         work: Where its folder is made.
@@ -85,10 +96,6 @@ class Workshop:
             self.folder = work / f"weightcache-bench-{os.getpid()}"
             self.folder.mkdir()
             self._held.callback(shutil.rmtree, self.folder, ignore_errors=True)
-            self._server = self._held.enter_context(S3Server(self.folder / "server"))
-            self.proxy = self._held.enter_context(Proxy(self._server.address))
-            self._bucket = self._server.create_bucket()
-            self._hub = self._held.enter_context(Hub({}))
         except BaseException:
             self.close()
             raise
@@ -102,10 +109,28 @@ class Workshop:
     def close(self) -> None:
         self._held.close()
 
+    # -- servers
+
+    @cached_property
+    def _server(self) -> S3Server:
+        return self._held.enter_context(S3Server(self.folder / "server"))
+
+    @cached_property
+    def proxy(self) -> Proxy:
+        return self._held.enter_context(Proxy(self._server.address))
+
+    @cached_property
+    def _bucket(self) -> Bucket:
+        return self._server.create_bucket()
+
+    @cached_property
+    def _hub(self) -> Hub:
+        return self._held.enter_context(Hub({}))
+
     # -- models
 
     def model(self, name: str) -> Path:
-        """Return the folder of a model, written if need be: llama, herd, small or minilm."""
+        """Return the folder of a model, written if need be: llama, herd, small, minilm or single."""
         folder = self.folder / "models" / name
         if folder.exists():
             return folder
@@ -113,6 +138,11 @@ class Workshop:
             shutil.copytree(minilm_folder(), folder)
         elif name == "small":
             write_many_small(folder)
+        elif name == "single":
+            folder.mkdir(parents=True)
+            n_tensors = SINGLE_N_TENSORS[self._quick]
+            shapes = {f"layers.{number:03}.weight": ("BF16", (4096, 2048)) for number in range(n_tensors)}
+            write_safetensors(folder / "model.safetensors", shapes)
         elif name == "llama" and not self._quick:
             write_llama_1b(folder)
         else:
@@ -165,9 +195,9 @@ class Workshop:
             with self._child() as child:
                 job = self._job(Case("", "weightcache", "origin"), name, cache, cache)
                 child.tell(job)
-                child.hear(RUN_TIMEOUT_S)
+                hear(child)
                 child.tell()
-                self._check(name, child.hear(RUN_TIMEOUT_S))
+                self._check(name, hear(child))
             os.sync()
         return cache
 
@@ -202,15 +232,16 @@ class Workshop:
             for child in children:
                 child.tell(job)
             for child in children:
-                child.hear(RUN_TIMEOUT_S)
+                hear(child)
             for child in children:
                 child.tell()
-            busy_s = measuring.cpu_s(self._server.pid)
-            results = [child.hear(RUN_TIMEOUT_S) for child in children]
-            busy_s = measuring.cpu_s(self._server.pid) - busy_s
+            is_served = case.source in ("origin", "proxy")
+            busy_s = measuring.cpu_s(self._server.pid) if is_served else 0.0
+            results = [hear(child) for child in children]
+            busy_s = measuring.cpu_s(self._server.pid) - busy_s if is_served else 0.0
         for result in results:
             self._check(name, result)
-            if case.source in ("origin", "proxy"):
+            if is_served:
                 result["page_cache"] = f"cache folder empty; server's files {served}"
                 result["facts"]["server_cpu_s"] = busy_s
             elif case.source == "tier" and not case.page_cache:
@@ -248,6 +279,7 @@ class Workshop:
             "names": names,
             "uri": str(self.model(name)),
             "storage_options": {},
+            "options": case.options,
             "stores": case.source in ("origin", "proxy"),
             "environment": {
                 "WEIGHTCACHE_DIR": str(cache),
@@ -287,6 +319,18 @@ class Workshop:
                 "RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING": "0",
             }
         return job
+
+
+def hear(child: Child) -> Any:
+    """Return what a run says next.
+
+    Raises:
+        CaseFailed: It failed.
+    """
+    said = child.hear(RUN_TIMEOUT_S)
+    if isinstance(said, dict) and "failed" in said:
+        raise CaseFailed(said["failed"])
+    return said
 
 
 def hide_settings() -> None:
