@@ -11,7 +11,7 @@ Questions (each runs alone with `--only`, by the beginning of its name) and thei
     fresh-*         weightcache.load_model of a folder into a fresh image: 1.5 times as fast as fastsafetensors and
                     Run:ai's streamer from a cold page cache, twice from a warm one, and twice for 6,000 small tensors.
     hosted-*        weightcache.load_model of what this process has brought to host memory, from a folder or a bucket:
-                    50 ms to the last tensor, without a copy.
+                    50 ms to the last tensor bound, without a copy (its pages are mapped as they are first read).
 
     python benchmarks/bench_engine.py --quick     a minute, 1 GB of disk; shows that it works, not how fast
     python benchmarks/bench_engine.py             about 10 minutes, 12 GB of disk; for a quiet machine; writes

@@ -60,11 +60,15 @@ def weightcache_offline(job: Job) -> Callable[[], Loaded]:
 
 
 def weightcache_hosted(job: Job) -> Callable[[], Loaded]:
-    """Load what this process has brought to host memory before."""
+    """Load what this process has brought to host memory before; bound, not touched: nothing is moved until it is read."""
     module = _weightcache_with_imports()
-    load = weightcache(job)
     module.prefetch(job["uri"], tier="host", storage_options=job["storage_options"])
-    return load
+
+    def run() -> Loaded:
+        model = module.load_model(job["uri"], device="cpu", storage_options=job["storage_options"])
+        return Loaded(model, facts=lambda: {"report": model.report.as_dict()})
+
+    return run
 
 
 def plan(job: Job) -> Callable[[], Loaded]:

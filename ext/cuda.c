@@ -20,7 +20,7 @@ int wc_cuda_open(struct wc_cuda *cuda, const char *path, char *reason, size_t ro
     int rc = -ENOENT;
 
     memset(cuda, 0, sizeof *cuda);
-    cuda->library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    cuda->library = dlopen(path, RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE); /* it may have left threads and handlers behind */
     if (!cuda->library) {
         snprintf(reason, room, "no driver: %s", dlerror());
         return rc;

@@ -22,6 +22,7 @@ enum {
     WC_CU_SUCCESS = 0,
     WC_CU_NOT_READY = 600,
     WC_CU_STREAM_NON_BLOCKING = 1,
+    WC_CU_EVENT_BLOCKING_SYNC = 1, /* who waits sleeps instead of spinning */
     WC_CU_EVENT_DISABLE_TIMING = 2,
     WC_CU_HOST_PORTABLE = 1,
     WC_CU_CAPTURE_MODE_RELAXED = 2,
@@ -44,6 +45,7 @@ enum {
     X(stream_destroy, "cuStreamDestroy_v2", (wc_cu_stream stream)) \
     X(stream_synchronize, "cuStreamSynchronize", (wc_cu_stream stream)) \
     X(stream_wait, "cuStreamWaitEvent", (wc_cu_stream stream, wc_cu_event event, unsigned flags)) \
+    X(stream_is_capturing, "cuStreamIsCapturing", (wc_cu_stream stream, int *status)) \
     X(event_create, "cuEventCreate", (wc_cu_event *event, unsigned flags)) \
     X(event_destroy, "cuEventDestroy_v2", (wc_cu_event event)) \
     X(event_record, "cuEventRecord", (wc_cu_event event, wc_cu_stream stream)) \

@@ -110,11 +110,12 @@ int wc_populate(unsigned char *start, size_t nbytes)
     unsigned char *first = (unsigned char *)((uintptr_t)start & ~(page - 1));
     size_t whole = wc_round_up((size_t)(start + nbytes - first), page);
 
-    if (madvise(first, whole, MADV_POPULATE_WRITE)) {
-        if (errno != EINVAL)
-            return -errno;
-        touch(first, whole);
-    }
+    if (madvise(first, whole, MADV_POPULATE_WRITE) == 0)
+        return 0;
+    int rc = errno == EFAULT ? -ENOMEM : -errno; /* "would be SIGBUS": there is no page to be had */
+    if (rc != -EINVAL || madvise(first, 0, MADV_POPULATE_WRITE) == 0)
+        return rc; /* the advice is known, and refused: such as for memory that cannot be written */
+    touch(first, whole);
     return 0;
 }
 

@@ -19,7 +19,7 @@
 struct wc_memory {
     unsigned char *start;   /* a multiple of WC_HUGE_PAGE */
     size_t nbytes;          /* as asked for; may be 0 */
-    size_t mapped;          /* nbytes rounded up: to WC_HUGE_PAGE from there on, to a page below; never 0 */
+    size_t mapped;          /* nbytes rounded up: to WC_HUGE_PAGE from there on, to a page below; more from a pool */
     size_t guard;           /* bytes after mapped that nobody may touch; 0 where there are none */
     int huge_refused_errno; /* 0 where MADV_HUGEPAGE was granted; a refusal is no failure */
     int numa_node;          /* the node that the kernel was asked to prefer; -1 for none */
@@ -54,12 +54,14 @@ void wc_memory_prefer(struct wc_memory *memory, int numa_node);
 void wc_memory_unmap(struct wc_memory *memory);
 
 /*
- * Back each page that overlaps [start, stop) with real memory; content stays. start < stop <= nbytes.
+ * Back each page that overlaps [start, start + nbytes) with real memory; content stays. Any mapped, writable memory.
  *
- * Any number of threads may populate and write the same bytes at once. Before Linux 5.14 the pages are
- * touched one by one, and running out of memory then kills the process instead of returning -ENOMEM.
+ * Any number of threads may populate and write the same bytes at once. -ENOMEM where no page is to be had. Before
+ * Linux 5.14 the pages are touched one by one, and running out of memory then kills the process instead.
  */
-int wc_populate(unsigned char *first, size_t nbytes);
+int wc_populate(unsigned char *start, size_t nbytes);
+
+/* The same for [start, stop) of a mapping, start < stop <= nbytes. */
 int wc_memory_populate(const struct wc_memory *memory, size_t start, size_t stop);
 
 /* Set *huge to the bytes that lie in transparent huge pages now, be they private or shared. */

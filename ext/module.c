@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "checksum.h"
@@ -22,7 +23,7 @@ PyObject *os_error(int rc)
 
 bool handles_signals(void)
 {
-    return gettid() == getpid();
+    return syscall(SYS_gettid) == getpid();
 }
 
 static PyObject *resident_nbytes(PyObject *Py_UNUSED(module), PyObject *args)
@@ -141,13 +142,17 @@ static int engine_exec(PyObject *module)
     pthread_once(&forks_seen, see_forks);
     state->driver_error = PyErr_NewExceptionWithDoc(
         "weightcache._engine.DriverError", "The driver's error: its code, 0 for none of its own, and its name or a reason.",
-        NULL, NULL);
+        PyExc_RuntimeError, NULL);
     if (!state->driver_error || PyModule_AddObjectRef(module, "DriverError", state->driver_error))
         return -1;
     PyType_Spec *specs[] = {&memory_spec, &shared_spec, &sealed_spec, &driver_spec, &device_spec};
     for (size_t i = 0; i < Py_ARRAY_LENGTH(specs); i++)
         if (add_type(module, specs[i]))
             return -1;
+    state->driver_type = PyObject_GetAttrString(module, "Driver");
+    state->device_type = PyObject_GetAttrString(module, "Device");
+    if (!state->driver_type || !state->device_type)
+        return -1;
     return add_constants(module);
 }
 
@@ -155,8 +160,11 @@ static int engine_traverse(PyObject *module, visitproc visit, void *arg)
 {
     State *state = PyModule_GetState(module);
 
-    if (state)
+    if (state) {
         Py_VISIT(state->driver_error);
+        Py_VISIT(state->driver_type);
+        Py_VISIT(state->device_type);
+    }
     return 0;
 }
 
@@ -164,8 +172,11 @@ static int engine_clear(PyObject *module)
 {
     State *state = PyModule_GetState(module);
 
-    if (state)
+    if (state) {
         Py_CLEAR(state->driver_error);
+        Py_CLEAR(state->driver_type);
+        Py_CLEAR(state->device_type);
+    }
     return 0;
 }
 

@@ -13,6 +13,7 @@
 
 typedef struct {
     PyObject *driver_error;
+    PyObject *driver_type, *device_type;
 } State;
 
 typedef struct {
@@ -40,8 +41,8 @@ PyObject *driver_error(PyObject *error, const struct wc_cuda *cuda, int rc);
  */
 bool handles_signals(void);
 
-/* Whether an object is of the module's type of that name. Raises TypeError where it is not. */
-bool is_ours(PyObject *module, PyObject *object, const char *name);
+/* Whether an object is of this type of ours, whatever it says of itself. Raises TypeError where it is not. */
+bool is_ours(PyObject *object, PyObject *type, const char *name);
 
 /* Count one more user of a device, and return it; NULL with ValueError where it is closed. */
 struct wc_device *use(Device *self);

@@ -181,16 +181,12 @@ PyType_Spec driver_spec = {
     .slots = driver_slots,
 };
 
-/* Whether an object is of the module's type of that name; if not, an exception is set. */
-bool is_ours(PyObject *module, PyObject *object, const char *name)
+bool is_ours(PyObject *object, PyObject *type, const char *name)
 {
-    PyObject *known = PyObject_GetAttrString(module, name);
-    int is_known = known ? PyObject_IsInstance(object, known) : -1;
-
-    Py_XDECREF(known);
-    if (is_known == 0)
-        PyErr_Format(PyExc_TypeError, "expected a %s", name);
-    return is_known == 1;
+    if (PyObject_TypeCheck(object, (PyTypeObject *)type))
+        return true;
+    PyErr_Format(PyExc_TypeError, "expected a %s", name);
+    return false;
 }
 
 static PyObject *device_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
@@ -207,8 +203,10 @@ static PyObject *device_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     State *state = PyType_GetModuleState(type);
     if (!state)
         return NULL;
-    if (!is_ours(PyType_GetModule(type), given, "Driver"))
+    if (!is_ours(given, state->driver_type, "Driver"))
         return NULL;
+    if (slot_nbytes < 0)
+        return PyErr_Format(PyExc_ValueError, "slot_nbytes must not be negative, got %zd", slot_nbytes);
     Driver *driver = (Driver *)given;
     struct wc_device *device = malloc(sizeof *device);
     if (!device)

@@ -111,7 +111,8 @@ PyObject *run(PyObject *module, PyObject *args, PyObject *kwargs)
         .counters = counters.buf ? counters.buf : own_counters,
         .stop = stop.buf,
     };
-    if (device != Py_None && !is_ours(module, device, "Device"))
+    State *state = PyModule_GetState(module);
+    if (device != Py_None && !is_ours(device, state->device_type, "Device"))
         goto release;
     Device *owner = device == Py_None ? NULL : (Device *)device;
     if (owner && !(run.device = use(owner)))

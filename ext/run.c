@@ -17,6 +17,7 @@
 #define WC_BUG 0 /* the tests build mutants, each of which one of them must catch: see tests/native/test_mutants.py */
 #endif
 
+#define COPIED_BLOCK ((size_t)4 << 20) /* of a copy between places in host memory, before it is looked whether to stop */
 #define MOST_HELD 8u /* slots of one thread; more in flight gain nothing on any link */
 
 /* Bytes on their way to the device: the slot they lie in, or whose event stands for them, and their operation. */
@@ -114,7 +115,8 @@ static void settle_ready(struct worker *worker)
         wc_ring_give(&device->ring, settle_oldest(worker));
 }
 
-/* Take a slot: a free one as long as this thread may hold more, else its own oldest once that is copied. */
+/* Take a slot: a free one as long as this thread may hold more, else its own oldest once that is copied. NULL when
+ * the run is stopped meanwhile. */
 static struct wc_slot *take_slot(struct worker *worker)
 {
     struct wc_ring *ring = &worker->run->device->ring;
@@ -128,7 +130,10 @@ static struct wc_slot *take_slot(struct worker *worker)
         wc_ring_give(ring, slot);
         wc_ring_give(ring, settle_oldest(worker));
     }
-    return wc_ring_take(ring, true);
+    struct wc_slot *slot = NULL;
+    while (!slot && !is_stopped(worker->run))
+        slot = wc_ring_take(ring, true);
+    return slot;
 }
 
 /* Copy what the spans want of the operation's next bytes, which lie at `from`; keeps the slot or gives it back. */
@@ -197,10 +202,14 @@ static int to_host(struct worker *worker, struct wc_op *op, struct wc_file *file
     if (op->nbytes == 0) /* then neither address has to be one */
         return 0;
     if (op->flags & WC_FROM_MEMORY) {
-        int rc = is_fresh ? wc_populate(to, op->nbytes) : 0;
-        if (rc)
-            return rc;
-        memcpy(to, (const void *)(uintptr_t)op->offset, op->nbytes);
+        const unsigned char *from = (const unsigned char *)(uintptr_t)op->offset;
+        for (uint64_t at = 0; at < op->nbytes; at += COPIED_BLOCK) {
+            size_t nbytes = op->nbytes - at < COPIED_BLOCK ? op->nbytes - at : COPIED_BLOCK;
+            int rc = is_stopped(worker->run) ? -ECANCELED : is_fresh ? wc_populate(to + at, nbytes) : 0;
+            if (rc)
+                return rc;
+            memcpy(to + at, from + at, nbytes);
+        }
     } else {
         struct wc_target target = {.start = to,
                                    .nbytes = op->nbytes,
@@ -242,6 +251,8 @@ static int to_device(struct worker *worker, uint32_t index, struct wc_file *file
         if (is_stopped(run))
             return -ECANCELED;
         struct wc_slot *slot = take_slot(worker);
+        if (!slot)
+            return -ECANCELED;
         const unsigned char *from = slot->start;
         int counter = WC_N_COPIED;
         size_t nbytes = op->nbytes - op->moved;
@@ -402,18 +413,25 @@ static bool is_sound(const struct wc_run *run, const struct wc_op *op)
 static int start_threads(struct wc_run *run)
 {
     sigset_t all, before;
-    pthread_attr_t attributes;
+    pthread_attr_t attributes, *chosen = NULL;
     int rc = 0;
 
-    /* Signals are for the threads that know what to do with them. */
+    /* Signals are for the threads that know what to do with them; faults are the faulting thread's own. */
+    static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGSYS};
     sigfillset(&all);
+    for (size_t i = 0; i < sizeof faults / sizeof *faults; i++)
+        sigdelset(&all, faults[i]);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     pthread_attr_init(&attributes);
-    if (run->cpus)
-        pthread_attr_setaffinity_np(&attributes, sizeof *run->cpus, run->cpus);
+    if (run->cpus && pthread_attr_setaffinity_np(&attributes, sizeof *run->cpus, run->cpus) == 0)
+        chosen = &attributes;
     pthread_mutex_lock(&run->lock); /* nobody ends before all are counted */
     for (; run->n_started < run->n_threads; run->n_started++) {
-        rc = pthread_create(&run->threads[run->n_started], &attributes, work, run);
+        rc = pthread_create(&run->threads[run->n_started], chosen, work, run);
+        if (rc && rc != EAGAIN && chosen) { /* none of those is allowed, or it is forbidden to choose: anywhere */
+            chosen = NULL;
+            rc = pthread_create(&run->threads[run->n_started], chosen, work, run);
+        }
         if (rc)
             break;
         pthread_setname_np(run->threads[run->n_started], "weightcache-io");

@@ -19,7 +19,7 @@
 enum {
     WC_FROM_MEMORY = 1, /* the source is host memory at `offset`, else a file */
     WC_TO_DEVICE = 2,   /* the target is the operation's spans, else host memory at `target` */
-    WC_CHECK = 4,       /* the bytes have this checksum; for files, offset is then a multiple of 4096 */
+    WC_CHECK = 4,       /* the file's bytes have this checksum, and offset is a multiple of 4096 */
     WC_PADDED = 8,      /* host memory behind the target, up to a multiple of 4096 bytes, may be written */
     WC_POPULATE = 16,   /* host memory at the target was never touched */
     WC_PAST_CACHE = 32, /* the page cache is not to be believed */

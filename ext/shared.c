@@ -129,7 +129,11 @@ int wc_shared_create(struct wc_shared *shared, size_t nbytes, const char *name, 
     int rc = create_hugetlb(shared, nbytes, name);
     if (rc == 0) {
         wc_memory_prefer(&shared->memory, numa_node);
-        return 0;
+        rc = back(shared, 0, 1); /* a hugetlb cgroup or a cpuset may have less than was set aside */
+        if (rc == 0)
+            return 0;
+        wc_shared_close(shared);
+        *shared = (struct wc_shared){.writable = true};
     }
     shared->hugetlb_refused_errno = -rc;
     shared->pages = WC_SHARED_SMALL;
@@ -147,7 +151,7 @@ int wc_shared_populate(const struct wc_shared *shared, size_t start, size_t stop
 {
     const size_t page = wc_page_nbytes();
 
-    if (shared->sealed)
+    if (shared->sealed || !shared->writable)
         return 0; /* all of it is there */
     if (shared->pages == WC_SHARED_SMALL) {
         /* Refuses by an errno, also where the kernel cannot populate and pages are touched. */
@@ -156,8 +160,7 @@ int wc_shared_populate(const struct wc_shared *shared, size_t start, size_t stop
         if (rc)
             return rc;
     }
-    int rc = wc_memory_populate(&shared->memory, start, stop);
-    return rc == -EFAULT ? -ENOMEM : rc; /* "would be SIGBUS": there was no page to be had */
+    return wc_memory_populate(&shared->memory, start, stop);
 }
 
 /* Map a sealed memfd at its place to be read. A private mapping: before Linux 6.7 a shared one counts as a writer's. */
@@ -198,7 +201,7 @@ int wc_shared_seal(struct wc_shared *shared)
         return -errno;
     if (fcntl(shared->fd, F_ADD_SEALS, SEALS)) {
         rc = -errno;
-        shared->lost = map_over(shared, PROT_READ | PROT_WRITE, MAP_SHARED) != 0;
+        shared->lost = map_over(shared, shared->writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED) != 0;
         if (!shared->lost && shared->pages == WC_SHARED_HUGE)
             (void)madvise(memory->start, memory->mapped, MADV_HUGEPAGE); /* only makes it faster */
         return rc;

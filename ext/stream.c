@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 #ifndef WC_BUG
@@ -12,10 +13,8 @@
 
 /* -- the ring */
 
-static void free_memory(struct wc_device *device)
+static void free_memory(struct wc_ring *ring)
 {
-    struct wc_ring *ring = &device->ring;
-
     if (ring->memory.start)
         wc_memory_unmap(&ring->memory);
     ring->memory.start = NULL;
@@ -32,6 +31,9 @@ static int lock_memory(struct wc_device *device, int numa_node)
     if (rc)
         return rc;
     wc_memory_prefer(&ring->memory, numa_node);
+    /* A fork would copy what is locked, or, before Linux 5.9, move it away from under the device. */
+    if (madvise(ring->memory.start, ring->memory.mapped, MADV_DONTFORK))
+        return -errno;
     rc = wc_memory_populate(&ring->memory, 0, nbytes);
     if (rc)
         return rc;
@@ -43,7 +45,7 @@ static int lock_memory(struct wc_device *device, int numa_node)
 
     void *allocated;
     if (cuda->host_alloc(&allocated, nbytes, WC_CU_HOST_PORTABLE) == WC_CU_SUCCESS) {
-        free_memory(device);
+        free_memory(&device->ring);
         ring->start = allocated;
         ring->locking = WC_LOCKED_ALLOCATED;
         return 0;
@@ -61,7 +63,7 @@ static void unlock_memory(struct wc_device *device)
     if (device->ring.start && device->ring.locking == WC_LOCKED_ALLOCATED)
         cuda->host_free(device->ring.start);
     device->ring.start = NULL;
-    free_memory(device);
+    free_memory(&device->ring);
 }
 
 static int make_slots(struct wc_device *device)
@@ -70,7 +72,7 @@ static int make_slots(struct wc_device *device)
 
     for (unsigned i = 0; i < ring->n_slots; i++) {
         struct wc_slot *slot = &ring->slots[i];
-        int rc = wc_cuda_error(device->cuda->event_create(&slot->copied, WC_CU_EVENT_DISABLE_TIMING));
+        int rc = wc_cuda_error(device->cuda->event_create(&slot->copied, WC_CU_EVENT_DISABLE_TIMING | WC_CU_EVENT_BLOCKING_SYNC));
         if (rc)
             return rc;
         slot->start = ring->start + i * ring->slot_nbytes;
@@ -85,8 +87,15 @@ struct wc_slot *wc_ring_take(struct wc_ring *ring, bool wait)
 
     pthread_mutex_lock(&ring->lock);
     ring->n_waiting++;
-    while (wait && ring->n_free == 0)
-        pthread_cond_wait(&ring->freed, &ring->lock);
+    if (wait && ring->n_free == 0) {
+        struct timespec until;
+        clock_gettime(CLOCK_REALTIME, &until); /* what the condition's clock is unless told otherwise */
+        until.tv_nsec += WC_RING_PATIENCE_MS * 1000000;
+        until.tv_sec += until.tv_nsec / 1000000000;
+        until.tv_nsec %= 1000000000;
+        while (ring->n_free == 0 && pthread_cond_timedwait(&ring->freed, &ring->lock, &until) == 0)
+            ;
+    }
     ring->n_waiting--;
     if (ring->n_free)
         slot = ring->free[--ring->n_free];
@@ -132,7 +141,8 @@ int wc_device_open(struct wc_device *device, const struct wc_cuda *cuda, int ord
 {
     struct wc_cuda_entered entered;
 
-    if (n_slots < 1 || n_slots > WC_MAX_SLOTS || slot_nbytes == 0 || slot_nbytes % 4096)
+    if (n_slots < 1 || n_slots > WC_MAX_SLOTS || slot_nbytes == 0 || slot_nbytes % 4096 ||
+        slot_nbytes > SIZE_MAX / 2 / n_slots)
         return -EINVAL;
     memset(device, 0, sizeof *device);
     device->cuda = cuda;
@@ -175,10 +185,8 @@ void wc_device_close(struct wc_device *device)
     const struct wc_cuda *cuda = device->cuda;
     struct wc_cuda_entered entered;
 
-    if (device->owner != getpid()) {
-        free_memory(device);
-        return;
-    }
+    if (device->owner != getpid())
+        return; /* nothing of it came along */
     /* Where that fails, after an error for good or as the process ends, all is given back as far as it goes. */
     int rc = wc_cuda_enter(cuda, device->context, &entered);
     cuda->stream_synchronize(device->copies);
@@ -210,7 +218,12 @@ int wc_device_order_after(struct wc_device *device, wc_cu_stream stream)
     if (rc)
         return rc;
     pthread_mutex_lock(&device->order);
-    rc = wc_cuda_error(cuda->event_record(device->before, stream));
+    int capturing = 0;
+    rc = wc_cuda_error(cuda->stream_is_capturing(stream, &capturing));
+    if (rc == 0 && capturing) /* waiting for it would make our stream part of the graph */
+        rc = -EBUSY;
+    if (rc == 0)
+        rc = wc_cuda_error(cuda->event_record(device->before, stream));
     if (rc == 0 && WC_BUG != 5)
         rc = wc_cuda_error(cuda->stream_wait(device->copies, device->before, 0));
     pthread_mutex_unlock(&device->order);
@@ -256,8 +269,10 @@ static int remove_registration(struct wc_device *device, void *start)
 
     if (!found)
         return -ENOENT;
-    *found = device->registrations[--device->n_registrations];
-    return wc_cuda_error(device->cuda->host_unregister(start));
+    int rc = wc_cuda_error(device->cuda->host_unregister(start));
+    if (rc == 0)
+        *found = device->registrations[--device->n_registrations];
+    return rc;
 }
 
 /* Enter, and wait until no run uses the device. */

@@ -73,8 +73,8 @@ struct wc_device {
 int wc_device_open(struct wc_device *device, const struct wc_cuda *cuda, int ordinal, size_t slot_nbytes,
                    unsigned n_slots, int numa_node);
 
-/* Wait for the device, free the ring, unregister everything. Nothing of it may be in use; in a forked child it only
- * forgets. */
+/* Wait for the device, free the ring, unregister everything. Nothing of it may be in use; in a forked child it does
+ * nothing. */
 void wc_device_close(struct wc_device *device);
 
 /* -ECHILD in a process that was forked from the one that opened the device, else 0. */
@@ -82,7 +82,7 @@ int wc_device_check(const struct wc_device *device);
 
 /*
  * Let every copy enqueued from now on wait for what `stream` holds now, such as the last use of memory that its
- * allocator has just handed out again. Any thread.
+ * allocator has just handed out again. Any thread. -EBUSY: the stream is being captured into a graph.
  */
 int wc_device_order_after(struct wc_device *device, wc_cu_stream stream);
 
@@ -98,7 +98,9 @@ int wc_device_unregister(struct wc_device *device, void *start);
 /* How many bytes from `start` on, at most nbytes, lie in one registration; 0 if the first does not. During a run. */
 size_t wc_device_registered(const struct wc_device *device, const unsigned char *start, size_t nbytes);
 
-/* Take a free slot, or return NULL where there is none and `wait` is false. */
+#define WC_RING_PATIENCE_MS 50 /* so that who waits can look whether they still should */
+
+/* Take a free slot, or return NULL where there is none: at once, or if `wait`, after WC_RING_PATIENCE_MS. */
 struct wc_slot *wc_ring_take(struct wc_ring *ring, bool wait);
 
 /* Give a slot back; its copies are done. */

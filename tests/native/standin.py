@@ -43,6 +43,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "cuStreamCreate": [c_void_p, c_uint],
     "cuStreamDestroy_v2": [c_void_p],
     "cuStreamSynchronize": [c_void_p],
+    "cuStreamIsCapturing": [c_void_p, c_void_p],
     "cuStreamWaitEvent": [c_void_p, c_void_p, c_uint],
     "cuEventCreate": [c_void_p, c_uint],
     "cuEventDestroy_v2": [c_void_p],

@@ -68,7 +68,7 @@ static const char *const FUNCTIONS[] = {
     "cuStreamWaitEvent", "cuEventCreate", "cuEventDestroy_v2", "cuEventRecord", "cuEventQuery",
     "cuEventSynchronize", "cuMemHostRegister_v2", "cuMemHostUnregister", "cuMemHostAlloc", "cuMemFreeHost",
     "cuMemAlloc_v2", "cuMemFree_v2", "cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2", "cuMemcpyDtoH_v2",
-    "cuMemsetD8Async", "cuThreadExchangeStreamCaptureMode",
+    "cuMemsetD8Async", "cuThreadExchangeStreamCaptureMode", "cuStreamIsCapturing",
 };
 
 #define VERSION 12040
@@ -91,7 +91,7 @@ struct settings {
     uint64_t memory, register_cap;
     uint64_t delay_us;
     int64_t not_ready; /* -1: not said */
-    bool sticky, report;
+    bool sticky, report, capturing;
     struct failure failures[FAILURES_MAX];
     size_t n_failures;
 };
@@ -223,6 +223,8 @@ static bool parse_setting(const char *key, char *value, struct settings *setting
         settings->not_ready = (int64_t)number;
     else if (!strcmp(key, "sticky") && number <= 1)
         settings->sticky = number;
+    else if (!strcmp(key, "capturing") && number <= 1)
+        settings->capturing = number;
     else
         return false;
     return true;
@@ -742,6 +744,19 @@ EXPORT CUresult cuStreamWaitEvent(CUstream stream, CUevent handle, unsigned flag
         violation("never-recorded", "%s: stream %p waits for event %p", __func__, (void *)stream, (void *)handle);
     if (!rc && event->recorded)
         machine_order(slot, &event->mark);
+    return leave(&call, rc);
+}
+
+EXPORT CUresult cuStreamIsCapturing(CUstream stream, int *status)
+{
+    struct call call;
+    CUresult rc = enter(&call, __func__, CONTEXT, (struct arguments){.stream = stream});
+    int slot;
+
+    if (!rc)
+        rc = status ? find_stream(&call, stream, &slot) : CUDA_ERROR_INVALID_VALUE;
+    if (!rc)
+        *status = driver.settings.capturing && !stream;
     return leave(&call, rc);
 }
 

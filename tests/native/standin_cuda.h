@@ -30,6 +30,7 @@
  *   register_cap=...    bytes that can be registered at once; beyond, cuMemHostRegister answers 2 (no cap)
  *   not_ready=3         cuEventQuery answers 600 so often after each record, whatever has run. Without it, mode
  *                       late answers 600 zero to three times before the query makes the work run
+ *   capturing=1         the default streams are being captured into a graph (0)
  *   fail=name:nth:code  the nth call of that function from now on, 1-based, does nothing and returns code; may be
  *                       given several times; fail=none takes back those that were not made yet
  *   sticky=1            the first such failure kills the device: queued work is dropped, every later call but

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -405,9 +406,21 @@ def test_threads_run_where_they_are_told() -> None:
     assert seen[0] == {chosen}
 
 
-def test_a_processor_that_is_not_there_is_an_os_error() -> None:
-    with pytest.raises(OSError, match="Invalid argument"):
-        run([op(flags=FROM_MEMORY)], cpus=bytes(1023) + b"\1")
+def test_where_no_processor_asked_for_is_there_a_run_takes_any() -> None:
+    assert run([op(flags=FROM_MEMORY)], cpus=bytes(1023) + b"\1").failed is None
+
+
+def test_a_stream_being_captured_is_refused(bench: Bench) -> None:
+    bench.standin.configure("capturing=1")
+    with pytest.raises(OSError, match="busy"):
+        run([op(flags=FROM_MEMORY)], device=bench.device)
+    bench.standin.configure("capturing=0")
+    assert run([op(flags=FROM_MEMORY)], device=bench.device).failed is None
+
+
+def test_what_only_says_it_is_a_device_is_refused() -> None:
+    with pytest.raises(TypeError, match="expected a Device"):
+        run([op(flags=FROM_MEMORY)], device=mock.create_autospec(Device, instance=True))
 
 
 def test_runs_of_several_threads_share_a_device(bench: Bench) -> None:
