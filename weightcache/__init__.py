@@ -134,7 +134,8 @@ def load_into(
     Names and shapes are checked before a weight byte is read, so a module that does not fit is left untouched.
 
     Args:
-        module: Its parameters keep their identity, dtype and device.
+        module: Its parameters keep their identity, dtype and device. After an error that came later it may be partly
+            filled.
         strict: Names must match both ways. False loads, and reads, only what matches.
 
     Raises:
@@ -159,7 +160,8 @@ def prefetch(
     Args:
         tier: "disk", durable when this returns; or "host": this process's page-lockable memory, from which its loads
             to the CPU are attached without a copy (who writes into a tensor gets a copy of that page) and those to a
-            device run at the link's speed. It stays until `evict`, the budget `host_budget_bytes`, or the process's end.
+            device copied from it, from the second on without the processor's help. It stays until `evict`, the budget
+            `host_budget_bytes`, or the process's end.
     """
     from weightcache import cache as conductor
 

@@ -1,6 +1,7 @@
 """Owns memory for weights, moves bytes of files into it and sums them, with the GIL released; sources in ext/.
 
-Never opens or closes a file, and never chooses another path: a refusal is an OSError with its errno.
+Reads files by descriptor or by name, and chooses by itself only between past and through the page cache. A refusal
+is an OSError with its errno, or a DriverError.
 
 Sizes and offsets are bytes. Every function may run in several threads at once. Long calls look at signals
 between steps, so that a handler which raises (KeyboardInterrupt) ends them early, in the main thread.
@@ -285,7 +286,7 @@ class Device:
         driver: kept alive.
         ordinal: which, as the driver counts.
         slot_nbytes: a multiple of 4096.
-        n_slots: 1 to `MAX_SLOTS`; at least one for each thread of a run.
+        n_slots: 1 to `MAX_SLOTS`; with fewer than a run has threads, fewer threads work.
         numa_node: where the ring's memory shall lie; -1: no matter.
 
     Raises:
@@ -377,8 +378,10 @@ def run(
 
     Raises:
         ValueError: an operation that makes no sense, or buffers of wrong sizes; nothing was begun.
-        DriverError, OSError: the device cannot be used, no thread could be had; nothing was begun.
-        KeyboardInterrupt: and whatever signal handlers raise, within 50 ms, in the main thread.
+        DriverError, OSError: the device cannot be used (ECHILD after a fork, EBUSY while its stream is captured), no
+            thread could be had; nothing was begun.
+        KeyboardInterrupt: and whatever signal handlers raise, in the main thread: looked at every 50 ms, then what is
+            under way is waited for.
     """
 
 def resident_nbytes(fd: int, offset: int, nbytes: int, /) -> int:

@@ -6,12 +6,13 @@ one by one, each verified).
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from weightcache.arrival import Arrival, Counter, OnChunk, Passing
 from weightcache.checkpoint import select
@@ -19,17 +20,16 @@ from weightcache.delivery import (
     Where,
     account,
     counter_of,
-    find_held,
+    hold_image,
     home_for,
     is_attached,
     lay_out_for,
     move,
     open_for,
     transfer_of,
-    using,
 )
 from weightcache.errors import CapacityError, ConfigError, OriginChangedError, nearest
-from weightcache.layout import lay_out
+from weightcache.layout import ChunkKey
 from weightcache.manifest import Role
 from weightcache.modelfiles import PulledFiles, missing_file_keys, place_files
 from weightcache.planning import Plan
@@ -42,11 +42,21 @@ from weightcache.session import (
     describe_model,
     fall_back,
     find_wanted,
+    look,
     open_session,
     sizes_of,
     wanted_names,
 )
-from weightcache.tiers.host import HeldImage, Image, allocate_shared, host_budget_bytes, host_tier, image_bytes
+from weightcache.tiers.host import (
+    AttachedImage,
+    HeldImage,
+    Image,
+    allocate,
+    allocate_shared,
+    host_budget_bytes,
+    host_tier,
+    image_bytes,
+)
 from weightcache.windows import Windows
 
 if TYPE_CHECKING:
@@ -55,6 +65,8 @@ if TYPE_CHECKING:
     from weightcache.tensors import LoadedModel
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PREFETCH_TIERS = ("disk", "host")
 
@@ -83,13 +95,18 @@ class PlannedLoad:
 
 def load(request: Request, device: str | torch.device, dtype: str | torch.dtype | None = None) -> LoadedModel:
     """Bring a model's tensors to a device and bind them."""
+    return _again_if_changed(request, lambda report: _load(request, device, dtype, report))
+
+
+def _again_if_changed(request: Request, attempt: Callable[[Report], T]) -> T:
+    """Try once more from the start when the model changed meanwhile."""
     report = Report(uri=request.uri)
     try:
-        return _load(request, device, dtype, report)
+        return attempt(report)
     except OriginChangedError as exc:
         fall_back(report, f"the model changed while it was loaded, starting again once: {exc}")
-        again = Report(uri=request.uri, warnings=report.warnings)
-        return _load(request, device, dtype, again)
+    # Not within the except block, whose traceback holds what the first attempt had loaded.
+    return attempt(Report(uri=request.uri, warnings=report.warnings))
 
 
 def _load(request: Request, device: str | torch.device, dtype: str | torch.dtype | None, report: Report) -> LoadedModel:
@@ -151,13 +168,17 @@ async def _bring(session: Session, where: Where) -> Arrival:
             await describe_model(session)
         with report.stage("look"):
             wanted = find_wanted(session)
-            held = find_held(session, wanted)
+            held = await hold_image(session, wanted, where.landing)
             keys = [*([] if is_attached(held, where) else chunks_of(wanted)), *missing_file_keys(session)]
-            plan = decide(session, keys, held.layout.chunks if held else ())
+            plan = decide(session, keys, look(session, keys), held.layout.chunks if held else ())
         with report.stage("move"):
-            arrival = Arrival(session, home_for(session, wanted, where, held), keys, counter_of(session, keys))
-            with using(session, held, where):
-                await move(session, transfer_of(session, arrival, where.landing, held), plan)
+            home = await asyncio.get_running_loop().run_in_executor(
+                session.threads.workers, home_for, session, wanted, where, held
+            )
+            arrival = Arrival(session, home, keys, counter_of(session, keys))
+            del home
+            transfer = transfer_of(session, arrival, where.landing, held, is_kept=where.landing is None)
+            await move(session, transfer, plan)
         return arrival
     finally:
         account(session)
@@ -170,7 +191,9 @@ def stream(request: Request, device: str | torch.device) -> Iterator[tuple[str, 
     windows_ahead = Windows(session, where)
     try:
         for wanted, tensor in windows_ahead:
-            yield wanted.name, tensor
+            given = [(wanted.name, tensor)]  # popped: nothing here holds on to what the user lets go
+            del tensor
+            yield given.pop()
     finally:
         windows_ahead.close()
         session.settle()
@@ -187,10 +210,11 @@ def _bring_converted(
     ahead = Windows(session, where, with_files=True)
     try:
         entries = {tensor.name: tensor.entry for tensor in ahead.begin()}
-        allocate = where.landing.allocate if where.landing else None
-        tensors = allocate_converted(entries, dtype, where.chosen, allocate)
+        tensors = allocate_converted(entries, dtype, lambda nbytes: _allocate(where, nbytes))
         for wanted, tensor in ahead:
             tensors[wanted.name].copy_(tensor)
+        if where.landing is not None:
+            where.landing.finish()
         report.choices["dtype"] = f"floating-point tensors were converted to {dtype} on {where.chosen}"
     finally:
         ahead.close()
@@ -198,21 +222,37 @@ def _bring_converted(
         return tensors, place_files(session, ahead.files)
 
 
+def _allocate(where: Where, nbytes: int) -> torch.Tensor:
+    """Return memory of the device of a load, as bytes."""
+    import torch
+
+    if where.landing is not None:
+        return where.landing.allocate(nbytes)
+    if where.chosen.type == "cpu":
+        return torch.frombuffer(allocate(nbytes), dtype=torch.uint8)
+    return torch.empty(nbytes, dtype=torch.uint8, device=where.chosen)
+
+
 def load_into(request: Request, module: torch.nn.Module, *, strict: bool) -> Report:
     """Fill a module in place; see `weightcache.load_into`."""
+    return _again_if_changed(request, lambda report: _load_into(request, module, report, strict=strict))
+
+
+def _load_into(request: Request, module: torch.nn.Module, report: Report, *, strict: bool) -> Report:
     from weightcache.tensors import check_fit, devices_of, fill_module, torch_form
 
     with _described(request) as session:
-        wanted = wanted_names(request)
+        wanted, revision = wanted_names(request), session.manifest.revision
         shapes = {name: torch_form(entry)[1] for name, _, entry in session.manifest.tensors() if wanted(name)}
     names = check_fit(module, shapes, strict=strict)
-    report = Report(uri=request.uri)
     for device, names_there in devices_of(module, names).items():
         session, where = open_for(replace(request, names=frozenset(names_there)), device, report)
         ahead = Windows(session, where)
         try:
+            ahead.begin()
+            if session.manifest.revision != revision:
+                raise OriginChangedError(f"{session.name} changed between two parts of a load; load again")
             fill_module(module, ((wanted.name, tensor) for wanted, tensor in ahead))
-            report.revision = str(session.manifest.revision)
         finally:
             ahead.close()
             session.settle()
@@ -246,10 +286,10 @@ def plan(request: Request) -> PlannedLoad:
     with _described(request) as session:
         wanted = find_wanted(session)
         manifest = session.manifest
-        held = find_held(session, wanted)
+        held = session.threads.run(hold_image(session, wanted))
         keys = [*chunks_of(wanted), *missing_file_keys(session)]
-        decided = decide(session, keys, held.layout.chunks if held else ())
-        image_nbytes = lay_out(manifest, wanted).nbytes
+        decided = decide(session, keys, look(session, keys), held.layout.chunks if held else ())
+        image_nbytes = lay_out_for(session, wanted).nbytes
     return PlannedLoad(
         uri=request.uri,
         revision=str(manifest.revision),
@@ -270,8 +310,6 @@ def prefetch(request: Request, tier: str) -> Report:
     """Bring a model to a tier of this node; see `weightcache.prefetch`."""
     if tier not in PREFETCH_TIERS:
         raise ConfigError(f"tier={tier!r}: expected one of {', '.join(PREFETCH_TIERS)}{nearest(tier, PREFETCH_TIERS)}")
-    if request.cache == "none":
-        raise ConfigError("prefetch with cache='none' would keep nothing: leave cache out")
     report = Report(uri=request.uri)
     if tier == "host":
         return _prefetch_to_host(replace(request, cache="auto"), report)
@@ -296,32 +334,44 @@ def _prefetch_to_host(request: Request, report: Report) -> Report:
     with report.stage("open"):
         session = open_session(request, report)
 
-    async def bring() -> None:
+    async def bring() -> dict[ChunkKey, memoryview]:
         try:
             with report.stage("describe"):
                 await describe_model(session)
             with report.stage("look"):
                 wanted = find_wanted(session)
-                if find_held(session, wanted) is not None:
-                    return
-                keys = chunks_of(wanted)
+                if not all(shard.etag for shard in session.manifest.weights):
+                    raise ConfigError(
+                        f"{session.name} cannot be kept in host memory: its origin gives no ETag or date by which its states "
+                        "could be told apart; prefetch it to 'disk'"
+                    )
+                files = missing_file_keys(session)
+                here = await hold_image(session, wanted)
+                keys = [*([] if here else chunks_of(wanted)), *files]
                 sizes, layout = sizes_of(session.manifest, keys), lay_out_for(session, wanted)
-                host_tier.make_room(image_bytes(layout), host_budget_bytes(session.settings.host_budget_bytes))
-                memory = allocate_shared(image_bytes(layout), "weightcache")
-                image = Image(layout, sizes, memory)
-                plan = decide(session, keys)
+                plan = decide(session, keys, look(session, keys))
             with report.stage("move"):
-                arrival = Arrival(session, image, keys, counter_of(session, keys))
-                await move(session, transfer_of(session, arrival), plan)
-                held = HeldImage(str(session.name), str(session.manifest.revision), layout, memory)
+                if here:
+                    arrival = Arrival(session, AttachedImage(here, ()), keys, counter_of(session, keys))
+                    await move(session, transfer_of(session, arrival), plan)
+                    return arrival.files
+                budget = host_budget_bytes(session.settings.host_budget_bytes)
+                with host_tier.room(image_bytes(layout), budget):
+                    memory = allocate_shared(image_bytes(layout), "weightcache")
+                    arrival = Arrival(session, Image(layout, sizes, memory), keys, counter_of(session, keys))
+                    await move(session, transfer_of(session, arrival, is_kept=True), plan)
+                    held = HeldImage(str(session.name), str(session.manifest.revision), layout, memory)
+                    host_tier.keep(session.key, held)
             report.choices["memory"] = held.pages()
-            host_tier.keep(session.key, held)
+            return arrival.files
         finally:
             account(session)
             await session.close_origin()
 
     try:
-        session.threads.run(bring())
+        files = session.threads.run(bring())
+        if files:
+            place_files(session, files)
     finally:
         wait_stored = session.settle()
         session.release()
@@ -363,7 +413,7 @@ def _through(
             with report.stage("look"):
                 before()
                 keys = select(session.manifest, roles)
-                decided = decide(session, keys)
+                decided = decide(session, keys, look(session, keys))
                 if keep_only:
                     decided = Plan((), (), decided.fetches)
                 counter = Counter(session.request.progress, decided.disk_nbytes + decided.origin_nbytes)

@@ -47,8 +47,8 @@ class Settings:
         attempts: Most tries of one request.
         request_timeout_s: Longest silence on a connection before its request counts as failed.
         timeout_s: Longest time a whole load may take; 0 means no limit.
-        host_budget_bytes: Most bytes of images that this process keeps in host memory, and of freed memory it keeps
-            for the next load; 0 means a half and an eighth of the memory that is available.
+        host_budget_bytes: Most bytes of images that this process keeps in host memory; 0 means half of what is
+            available. Freed memory kept for the next load is at most an eighth of that, and no more than this.
         libcuda: The driver to open; another one is for tests.
     """
 

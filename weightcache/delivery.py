@@ -5,16 +5,18 @@ Never describes a model and never binds a tensor.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightcache.arrival import Counter
 from weightcache.config import read_settings
-from weightcache.errors import DeviceError
+from weightcache.errors import DeadlineError, DeviceError
 from weightcache.layout import ChunkKey, Layout, Wanted, lay_out, lay_out_in_place, pack
 from weightcache.locks import exclusive
 from weightcache.machine import memory_available_bytes
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from weightcache.arrival import Home
     from weightcache.tiers.device import Landing
 
-LEAST_WAITING_NBYTES = 256 << 20  # of bytes that may wait for the disk while a device is filled
+LEAST_WAITING_NBYTES = 256 << 20  # of bytes that may wait for the disk in memory that nothing else keeps
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +46,20 @@ class Where:
 
 
 def open_for(request: Request, device: str | torch.device, report: Report) -> tuple[Session, Where]:
-    from weightcache.tiers.device import land, resolve_device
+    """Open what a request needs. On the caller's thread: its current stream is what the device's memory is used on.
+
+    Raises:
+        DeviceError: A device that is not there, was opened before a fork, or whose stream is being captured.
+    """
+    from weightcache.tiers.device import check_capture, check_fork, land, resolve_device
 
     settings = read_settings()
     chosen, why = resolve_device(device, settings.libcuda)
     if why:
         report.choices["device"] = why
+    if chosen.type == "cuda":
+        check_fork(settings.libcuda)
+        check_capture(chosen)
     session = open_session(request, report)
     landing = None
     if chosen.type == "cuda":
@@ -59,12 +69,41 @@ def open_for(request: Request, device: str | torch.device, report: Report) -> tu
         except DeviceError as exc:
             # torch has the device, so it can be filled, if not by our engine.
             fall_back(report, f"tensors go to {chosen} by torch's own copies, which is slower: {exc}")
+        except BaseException:
+            session.settle()
+            session.release()
+            raise
     return session, Where(chosen, landing)
 
 
-def find_held(session: Session, wanted: Iterable[Wanted]) -> HeldImage | None:
-    """Return the image of this state of the model that this process keeps in host memory, if it has all of it."""
-    return host_tier.find(session.key, str(session.manifest.revision), chunks_of(wanted), time.time())
+async def hold_image(session: Session, wanted: Iterable[Wanted], landing: Landing | None = None) -> HeldImage | None:
+    """Take the image of this state of the model that this process keeps in host memory, if it has all that is wanted.
+
+    It is held until the session is released, and registered for the device where that pays. Once a load.
+    """
+    if not all(shard.etag for shard in session.manifest.weights):
+        return None  # its states cannot be told apart
+    held = host_tier.hold(session.key, str(session.manifest.revision), chunks_of(wanted), time.time())
+    if held is None:
+        return None
+    session.held.callback(host_tier.let_go, held)
+    if landing is not None:
+        device, lock_for = landing.device, held.lock_for
+        why_not = await asyncio.get_running_loop().run_in_executor(
+            session.threads.workers, lock_for, device, device.register, lambda: _alone(session.settings.dir)
+        )
+        if why_not:
+            session.report.choices["registration"] = why_not
+    return held
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes of this node from page-locking meanwhile: together they fail where one by one they do not."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # no folder to lock in: it saves trouble, and is needed for nothing
+            stack.enter_context(exclusive(folder / "register.lock"))
+        yield
 
 
 def is_attached(held: HeldImage | None, where: Where) -> bool:
@@ -89,28 +128,6 @@ def lay_out_for(session: Session, wanted: Sequence[Wanted]) -> Layout:
     return (lay_out if session.in_place is None else lay_out_in_place)(session.manifest, wanted)
 
 
-@contextlib.contextmanager
-def using(session: Session, held: HeldImage | None, where: Where) -> Iterator[None]:
-    """Keep an image from leaving while it is copied from, and registered for the device where that pays."""
-    if held is None or where.landing is None:
-        yield
-        return
-    held.n_users += 1
-    try:
-        device = where.landing.device
-        with (
-            exclusive(session.settings.dir / "register.lock")
-            if session.settings.dir.is_dir()
-            else contextlib.nullcontext()
-        ):
-            why_not = held.lock_for(device, device.register)
-        if why_not:
-            session.report.choices["registration"] = why_not
-        yield
-    finally:
-        held.n_users -= 1
-
-
 def transfer_of(
     session: Session,
     destination: Destination,
@@ -118,12 +135,14 @@ def transfer_of(
     held: HeldImage | None = None,
     *,
     wait_for_disk: bool = False,
+    is_kept: bool = False,
 ) -> Transfer:
+    """Make the transfer to a destination; `is_kept` says that it keeps what it gets for as long as the load lasts."""
     keeping = None
     if session.disk is not None and session.behind is not None:
         session.flight = session.flight or session.disk.flight()
         keeping = Keeping(session.disk, session.shard_keys, session.flight, session.behind)
-        if landing is not None:
+        if not is_kept and not wait_for_disk:
             keeping.waiting_bytes = max(LEAST_WAITING_NBYTES, memory_available_bytes() // 2)
     return Transfer(
         manifest=session.manifest,
@@ -146,7 +165,15 @@ def transfer_of(
 
 
 async def move(session: Session, transfer: Transfer, plan: Plan) -> None:
-    await transfer.run(plan)
+    """Carry a plan out within the deadline. Raises DeadlineError."""
+    try:
+        async with asyncio.timeout_at(session.deadline):
+            await transfer.run(plan)
+    except TimeoutError as exc:
+        raise DeadlineError(
+            f"loading {session.name}: the time allowed ran out; raise timeout_s, or look at the disk and the network",
+            uri=str(session.name),
+        ) from exc
     if session.origin is not None and plan.fetches:
         shards = [session.manifest.shards[index] for index in sorted({fetch.shard for fetch in plan.fetches})]
         await session.origin.check_unchanged([Stat(shard.path, shard.nbytes, shard.etag) for shard in shards])

@@ -197,7 +197,7 @@ class Operations:
         n_spans = len(self._spans) - first_span
         self._rows.append((fd, flags, name, offset, nbytes, target, first_span, n_spans, checksum or 0, 0, 0, 0))
 
-    def run(self, crew: Crew, on_done: Callable[[list[int]], None] | None = None) -> Failure | None:
+    def run(self, crew: Crew, on_done: Callable[[Sequence[int]], None] | None = None) -> Failure | None:
         """Carry all of them out; return the error that came first, or None when each is done.
 
         The first error cancels what has not begun. When this returns nothing is under way any more, and what is done
@@ -211,6 +211,7 @@ class Operations:
         Raises:
             Stopped: The crew's stop was set.
             DeviceError: The device cannot be used at all.
+            CapacityError: No thread could be had.
             KeyboardInterrupt: Within some 50 ms, in the main thread.
         """
         self._array = np.array(self._rows, _OPERATION)
@@ -230,6 +231,12 @@ class Operations:
             )
         except _engine.DriverError as exc:
             raise DeviceError(f"the device cannot be used: {exc.args[1]} ({exc.args[0]})") from exc
+        except OSError as exc:
+            if exc.errno == errno.ECHILD:
+                raise DeviceError("CUDA cannot be used in a process that was forked after it was: use 'spawn'") from exc
+            if exc.errno == errno.EBUSY:
+                raise DeviceError("a CUDA graph is being captured on the stream of this load: load before") from exc
+            raise CapacityError(f"no thread could be had ({exc.strerror}): raise the limit of processes") from exc
         if failed is None:
             if crew.stop.is_set() and not (self._array["status"] == _engine.DONE).all():
                 raise Stopped

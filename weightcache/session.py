@@ -1,6 +1,6 @@
 """Own one request being served: the origin and tiers it needs opened, the model described, the moves decided.
 
-The one module that names concrete origins and tiers. Never moves a weight byte.
+The one module that chooses among concrete origins. Never moves a weight byte.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ class Session:
     origin: Resilient | None
     local: Path | None
     disk: DiskTier | None
+    deadline: float | None = None  # loop time
     manifest: Manifest = field(default_factory=lambda: Manifest.plain(()))
     shard_keys: list[str] = field(default_factory=list)
     held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -190,6 +191,7 @@ def open_session(request: Request, report: Report) -> Session:
         origin=None,
         local=Path(name.root) if name.scheme == "file" else None,
         disk=disk,
+        deadline=threads.loop.time() + settings.timeout_s if settings.timeout_s else None,
         behind=Behind(threads.writers) if disk is not None else None,
     )
     if name.scheme == "s3":
@@ -203,8 +205,7 @@ def open_session(request: Request, report: Report) -> Session:
             )
         report.choices["origin"] = "none: offline was asked for"
     else:
-        deadline = threads.loop.time() + settings.timeout_s if settings.timeout_s else None
-        session.origin = Resilient(_make_origin(session), attempts=settings.attempts, deadline=deadline)
+        session.origin = Resilient(_make_origin(session), attempts=settings.attempts, deadline=session.deadline)
     return session
 
 
@@ -342,15 +343,22 @@ def chunks_of(wanted: Iterable[Wanted]) -> list[ChunkKey]:
     return sorted({key for tensor in wanted for key in tensor.chunks})
 
 
-def decide(session: Session, keys: Sequence[ChunkKey], held: Container[ChunkKey] = ()) -> Plan:
-    manifest, stored = session.manifest, set[Digest]()
-    if session.disk is not None:
-        known = (manifest.shards[shard].chunks[chunk].digest for shard, chunk in keys)
-        try:
-            stored = session.disk.look({digest for digest in known if digest is not None})
-        except OSError as exc:
-            session.leave_disk(f"the disk tier cannot be read: {exc}")
-    return make_plan(manifest, keys, stored, session.settings.range_bytes, held)
+def look(session: Session, keys: Iterable[ChunkKey]) -> set[Digest]:
+    """Return the digests of those chunks that the disk tier holds; without one, or when it fails, none."""
+    if session.disk is None:
+        return set()
+    known = (session.manifest.shards[shard].chunks[chunk].digest for shard, chunk in keys)
+    try:
+        return session.disk.look({digest for digest in known if digest is not None})
+    except OSError as exc:
+        session.leave_disk(f"the disk tier cannot be read: {exc}")
+        return set()
+
+
+def decide(
+    session: Session, keys: Sequence[ChunkKey], stored: Container[Digest], held: Container[ChunkKey] = ()
+) -> Plan:
+    return make_plan(session.manifest, keys, stored, session.settings.range_bytes, held)
 
 
 def sizes_of(manifest: Manifest, keys: Sequence[ChunkKey]) -> dict[ChunkKey, int]:

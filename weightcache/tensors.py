@@ -115,12 +115,11 @@ def converted_dtype(entry: TensorEntry, wanted: torch.dtype | None) -> torch.dty
 def allocate_converted(
     entries: Mapping[str, TensorEntry],
     dtype: torch.dtype,
-    device: torch.device,
-    allocate: Callable[[int], torch.Tensor] | None,
+    allocate: Callable[[int], torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     """Make the tensors of a converted model, in one piece of memory, each at a 256-byte boundary.
 
-    `allocate` returns bytes of the device's memory; None takes torch's.
+    `allocate` returns bytes of the device's memory.
     """
     offsets: dict[str, int] = {}
     end = 0
@@ -128,7 +127,7 @@ def allocate_converted(
         offsets[name] = end
         nbytes = math.prod(torch_form(entry)[1]) * converted_dtype(entry, dtype).itemsize
         end += -(-nbytes // 256) * 256
-    base = allocate(end or 256) if allocate else torch.empty(end, dtype=torch.uint8, device=device)
+    base = allocate(end or 256)
     tensors: dict[str, torch.Tensor] = {}
     for name, entry in entries.items():
         shape, kept = torch_form(entry)[1], converted_dtype(entry, dtype)
@@ -190,7 +189,7 @@ class LoadedModel(Mapping[str, torch.Tensor]):
         return f"<LoadedModel {self.report.uri} {len(self)} tensors on {self.report.device}>"
 
     def wait_stored(self, timeout_s: float | None = None) -> bool:
-        """Wait until everything this load fetched is on disk. Returns False when the time ran out."""
+        """Wait until all that this load keeps is on disk. Returns False when the time ran out."""
         return self._wait_stored(timeout_s)
 
     def close(self) -> None:
@@ -243,11 +242,12 @@ def check_fit(module: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], *,
 
 
 def devices_of(module: torch.nn.Module, names: Iterable[str]) -> dict[torch.device, set[str]]:
-    """Return the devices that these parameters and buffers lie on, each with the names there."""
+    """Return the devices to load to, each with the names there: where the targets lie, or the CPU for what is no GPU."""
     targets = module.state_dict(keep_vars=True)
     found: dict[torch.device, set[str]] = {}
     for name in names:
-        found.setdefault(targets[name].device, set()).add(name)
+        device = targets[name].device
+        found.setdefault(device if device.type == "cuda" else CPU, set()).add(name)
     return found
 
 

@@ -162,7 +162,7 @@ class Transfer:
 
     async def _copy(self, steps: Sequence[Copy]) -> None:
         """Copy chunks of an image in host memory."""
-        await self._on_engine(self._copy_together, steps)
+        await self._on_worker(self._copy_together, steps)
         self.tally.host_bytes += sum(step.nbytes for step in steps)
 
     def _copy_together(self, steps: Sequence[Copy]) -> None:
@@ -172,7 +172,7 @@ class Transfer:
             address = self.held.address + self.held.layout.chunks[step.key]
             operations.copy(address, step.nbytes, self.destination.place(step.key))
 
-        def arrived(done: list[int]) -> None:
+        def arrived(done: Sequence[int]) -> None:
             for index in done:
                 self.destination.arrived(steps[index].key)
 
@@ -183,7 +183,7 @@ class Transfer:
     async def _read(self, steps: Sequence[Read], group: asyncio.TaskGroup) -> None:
         """Read chunks of the disk tier, and fetch those that turn out lost or rotten."""
         for batch in _batches(steps, self.destination.batch_bytes):
-            missed = await self._on_engine(self._read_batch, batch)
+            missed = await self._on_worker(self._read_batch, batch)
             self.tally.disk_bytes += sum(step.nbytes for step in batch) - sum(step.nbytes for step in missed)
             self.tally.n_rotten += len(missed)
             if missed and self.origin is None:
@@ -209,7 +209,7 @@ class Transfer:
     async def _read_in_place(self, steps: Sequence[Fetch]) -> None:
         """Read files of this machine, which no digest is known of and which are not kept."""
         for batch in _batches(steps, self.destination.batch_bytes):
-            await self._on_engine(self._read_files, batch)
+            await self._on_worker(self._read_files, batch)
             self.tally.origin_bytes += sum(step.nbytes for step in batch)
 
     def _read_files(self, steps: Sequence[Fetch]) -> None:
@@ -230,23 +230,12 @@ class Transfer:
                 ranges.append(each)
                 members.append([key])
 
-        def arrived(done: list[int]) -> None:
+        def arrived(done: Sequence[int]) -> None:
             for index in done:
                 for key in members[index]:
                     self.destination.arrived(key)
 
         self.local.read(ranges, self.crew, arrived)
-
-    async def _on_engine(self, work: Callable[..., T], *arguments: object) -> T:
-        """Run a long step of the engine on a worker thread; cancelled, it is stopped and waited for."""
-        step = asyncio.ensure_future(self._on_worker(work, *arguments))
-        try:
-            return await asyncio.shield(step)
-        except asyncio.CancelledError:
-            self.crew.stop.set()
-            await asyncio.wait([step])
-            step.exception()
-            raise
 
     # -- from the origin
 
@@ -269,7 +258,7 @@ class Transfer:
             await asyncio.sleep(POLL_S)
         digest = await self._on_worker(self._digest_on_disk, key)
         chunk = self.manifest.shards[key[0]].chunks[key[1]]
-        if digest is not None and not await self._on_engine(self._read_batch, [Read(key, digest, chunk.nbytes)]):
+        if digest is not None and not await self._on_worker(self._read_batch, [Read(key, digest, chunk.nbytes)]):
             self.keeping.flight.land(self._flight_name(key))
             self.tally.disk_bytes += chunk.nbytes
             self.tally.followed_bytes += chunk.nbytes
@@ -394,7 +383,7 @@ class Transfer:
         return digest.hex if digest else f"{self.keeping.shard_keys[key[0]]}:{key[1]}"
 
     async def _on_worker(self, work: Callable[..., T], *arguments: object) -> T:
-        """Run a step on a worker thread."""
+        """Run a step on a worker thread. Cancelled, it is told to stop, and waited for: nothing moves afterwards."""
         outcome: list[T] = []
         held = [(work, arguments)]
 
@@ -405,7 +394,16 @@ class Transfer:
             work, arguments = held.pop()
             outcome.append(work(*arguments))
 
-        await asyncio.get_running_loop().run_in_executor(self.threads.workers, step)
+        future = self.threads.workers.submit(step)
+        running = asyncio.wrap_future(future)
+        try:
+            await asyncio.shield(running)
+        except asyncio.CancelledError:
+            self.crew.stop.set()
+            if not future.cancel():
+                await asyncio.wait([running])
+                running.exception()  # seen: the cancellation is what is told
+            raise
         return outcome.pop()
 
 

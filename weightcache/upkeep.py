@@ -81,7 +81,7 @@ def models() -> list[CachedModel]:
         for held in host_tier.images()
     ]
     if not read_settings().dir.exists():
-        return found
+        return sorted(found, key=lambda model: -model.last_use_s)
     with _disk() as disk:
         leased = disk.leased()
         for record in disk.records.models():
@@ -151,11 +151,13 @@ def _repair(
 
 def evict(uri: str) -> int:
     """Remove a model from this process's host tier and from the disk tier; see `weightcache.evict`."""
-    freed = host_tier.drop(_name(uri))
-    if freed and not read_settings().dir.exists():
-        return freed
+    name = _name(uri)
+    is_held = any(held.uri == name for held in host_tier.images())
+    if is_held and not read_settings().dir.exists():
+        return host_tier.drop(name)
+    freed = 0
     with _disk() as disk:
-        for record in _find(disk, uri, or_none=freed > 0):
+        for record in _find(disk, uri, or_none=is_held):
             if record.pinned:
                 raise InUseError(f"{record.uri} is pinned: unpin it first", uri=record.uri)
             if record.key in disk.leased():
@@ -163,7 +165,7 @@ def evict(uri: str) -> int:
                     f"{record.uri} is held by a running process: end it, or close its model, first", uri=record.uri
                 )
             freed += disk.evict([record.key])
-    return freed
+    return freed + host_tier.drop(name)
 
 
 def pin(uri: str, *, pinned: bool) -> None:

@@ -12,10 +12,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from weightcache.arrival import Arrival, Counter
-from weightcache.delivery import Where, account, counter_of, find_held, home_for, is_attached, move, transfer_of, using
+from weightcache.delivery import Where, account, counter_of, hold_image, home_for, is_attached, move, transfer_of
+from weightcache.digest import Digest
 from weightcache.layout import ChunkKey, Wanted, windows
 from weightcache.modelfiles import missing_file_keys
-from weightcache.session import Session, chunks_of, decide, describe_model, find_wanted
+from weightcache.session import Session, chunks_of, decide, describe_model, find_wanted, look
+from weightcache.tiers.host import HeldImage
 from weightcache.transfer import first_of
 
 if TYPE_CHECKING:
@@ -37,7 +39,10 @@ class Windows:
         self._session = session
         self._where = where
         self._with_files = with_files
+        self._held: HeldImage | None = None
+        self._stored: set[Digest] = set()
         self._described = threading.Event()
+        self._is_described = False
         self._arrived: queue.SimpleQueue[tuple[Arrival, int] | None] = queue.SimpleQueue()
         self._gate = asyncio.Semaphore(WINDOWS_AHEAD)
         self._job = session.threads.start(self._bring())
@@ -45,8 +50,8 @@ class Windows:
     def begin(self) -> list[Wanted]:
         """Wait until the model is described, and return its tensors."""
         self._described.wait()
-        if self._job.outcome.done():
-            self._job.outcome.result()
+        if not self._is_described:
+            self._job.outcome.result()  # raises
         return self.wanted
 
     def __iter__(self) -> Iterator[tuple[Wanted, torch.Tensor]]:
@@ -62,14 +67,18 @@ class Windows:
                 binder = Binder(home.base) if isinstance(home, Slab) else Binder.over(home.memory, CPU)
                 binders[arrival] = binder, [len(home.tensors)]
             binder, left = binders[arrival]
-            placed = home.tensors[index]
-            tensor = binder.bind(placed.entry, placed.offset)
             left[0] -= 1
-            if left[0] == 0:
+            is_last = left[0] == 0
+            if is_last:
                 del binders[arrival]
-                self._session.threads.loop.call_soon_threadsafe(self._gate.release)
+            placed = home.tensors[index]
+            given = [binder.bind(placed.entry, placed.offset)]  # popped: nothing here holds on to what the user lets go
+            if not self._where.landing:
+                given[0] = given[0].to(self._where.chosen)
             del each, arrival, home, binder
-            yield by_name[placed.name], tensor if self._where.landing else tensor.to(self._where.chosen)
+            yield by_name[placed.name], given.pop()
+            if is_last:
+                self._session.threads.loop.call_soon_threadsafe(self._gate.release)
         self._job.outcome.result()
 
     def close(self) -> None:
@@ -83,8 +92,12 @@ class Windows:
                 await describe_model(session)
             with report.stage("look"):
                 self.wanted = find_wanted(session)
+                self._held = await hold_image(session, self.wanted, self._where.landing)
                 file_keys = missing_file_keys(session) if self._with_files else []
-                counter = counter_of(session, [*chunks_of(self.wanted), *file_keys])
+                keys = [*([] if is_attached(self._held, self._where) else chunks_of(self.wanted)), *file_keys]
+                self._stored = look(session, keys)
+                counter = counter_of(session, keys)
+                self._is_described = True
                 self._described.set()
             with report.stage("move"):
                 async with asyncio.TaskGroup() as group:
@@ -102,8 +115,7 @@ class Windows:
             await session.close_origin()
 
     async def _bring_window(self, window: Sequence[Wanted], file_keys: Sequence[ChunkKey], counter: Counter) -> None:
-        session, where = self._session, self._where
-        held = find_held(session, window)
+        session, where, held = self._session, self._where, self._held
         home = await asyncio.get_running_loop().run_in_executor(
             session.threads.workers, home_for, session, window, where, held
         )
@@ -117,9 +129,8 @@ class Windows:
             if is_attached(held, where):
                 for index in range(len(home.tensors)):
                     arrived.put((arrival, index))
-            with using(session, held, where):
-                plan = decide(session, keys, held.layout.chunks if held else ())
-                await move(session, transfer_of(session, arrival, where.landing, held), plan)
+            plan = decide(session, keys, self._stored, held.layout.chunks if held else ())
+            await move(session, transfer_of(session, arrival, where.landing, held), plan)
             self.files.update(arrival.files)
         finally:
             owner.clear()

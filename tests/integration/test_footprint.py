@@ -19,6 +19,7 @@ import weightcache
 from weightcache import _engine
 from weightcache.errors import ModelNotFoundError
 from weightcache.tiers.disk import DiskTier
+from weightcache.tiers.host import keep_freed
 
 
 @pytest.fixture
@@ -40,10 +41,17 @@ def no_garbage_collection() -> Iterator[None]:
     gc.enable()
 
 
+@pytest.fixture(autouse=True)
+def no_pool() -> None:
+    """Keep no freed memory, which the kernel could have back and which still counts as this process's."""
+    keep_freed(0)
+    _engine.pool_limit(0)
+
+
 def resident_bytes() -> int:
-    """Return the memory of this process that is neither backed by files nor kept free for the kernel to take back."""
+    """Return the memory of this process that is not backed by files."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:")]
-    return int(line.split()[1]) * 1024 - _engine.pool_nbytes()
+    return int(line.split()[1]) * 1024
 
 
 @pytest.mark.parametrize("cache", ["none", "disk"])

@@ -234,8 +234,11 @@ def test_a_wrong_checksum_is_an_error_after_a_second_look_past_the_cache(fd: int
 
 def test_resident_follows_the_page_cache(fd: int, path: Path) -> None:
     drop(fd)
-    path.read_bytes()
-    assert resident(fd) == len(CONTENT)
+    for _ in range(20):  # the kernel may take a page back between the two
+        path.read_bytes()
+        if resident(fd) == len(CONTENT):
+            return
+    raise AssertionError(f"{resident(fd)} of {len(CONTENT)} bytes are resident right after they were read")
 
 
 def test_resident_is_of_the_range_alone(fd: int) -> None:

@@ -553,7 +553,10 @@ def test_reserved_pages_are_taken_where_enough_are_free() -> None:
     with reserved(3):
         memory = SharedMemory(2 * HUGE_PAGE + 1)
         assert (memory.pages, memory.hugetlb_refused_errno) == (PAGES_HUGETLB, 0)
-        assert (meminfo("HugePages_Rsvd"), meminfo("HugePages_Free")) == (2, 2)  # the first was taken, to see it is there
+        assert (meminfo("HugePages_Rsvd"), meminfo("HugePages_Free")) == (
+            2,
+            2,
+        )  # the first was taken, to see it is there
         memory.populate(0, memory.nbytes)
         memoryview(memory)[:] = b"x" * memory.nbytes
         memory.seal()

@@ -26,7 +26,7 @@ from weightcache.manifest import MAX_PATH_NBYTES
 from weightcache.operations import Crew, HostPlace, Operations, Place, address_of
 from weightcache.origins.base import Stat
 
-Told = Callable[[list[int]], None]
+Told = Callable[[Sequence[int]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,14 @@ class LocalOrigin:
                 if each.stat.path not in fds:
                     fds[each.stat.path] = opened.enter_context(self._open(each.stat))
                 operations.read_open(fds[each.stat.path], each.start, each.nbytes, each.place)
-            failure = operations.run(crew, on_done)
+
+            def tell(done: Sequence[int]) -> None:
+                # Nobody hears of bytes whose file is no longer in its state.
+                for stat in {ranges[index].stat for index in done}:
+                    self._check_unchanged(fds[stat.path], self.path(stat.path), stat)
+                on_done(done)
+
+            failure = operations.run(crew, tell)
             if failure is None:
                 return
             failed = ranges[failure.index]
@@ -161,7 +168,7 @@ class LocalOrigin:
 
     @contextlib.contextmanager
     def _open(self, stat: Stat) -> Iterator[int]:
-        """Open a file for the length of the block, which must find and leave it in its state."""
+        """Open a file for the length of the block, which must find it in its state."""
         path = self.path(stat.path)
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -172,7 +179,6 @@ class LocalOrigin:
         try:
             self._check_unchanged(fd, path, stat)
             yield fd
-            self._check_unchanged(fd, path, stat)
         finally:
             os.close(fd)
 

@@ -59,7 +59,8 @@ class Device:
         self.engine.register(address, nbytes, frozen=True)
 
         def undo() -> None:
-            with contextlib.suppress(ValueError):  # the device was closed
+            # The device was closed, failed for good, or is another process's: nothing reads by that registration then.
+            with contextlib.suppress(ValueError, OSError, _engine.DriverError):
                 self.engine.unregister(address)
 
         return undo
@@ -74,11 +75,16 @@ class Landing:
 
     device: Device
     torch_device: torch.device
-    stream: int
+    stream: torch.cuda.Stream | None  # None for a stand-in
 
     @property
     def target(self) -> Target:
-        return Target(self.device.engine, self.stream)
+        return Target(self.device.engine, self.stream.cuda_stream if self.stream else 0)
+
+    def finish(self) -> None:
+        """Wait for what was enqueued on the stream, so that every stream sees it."""
+        if self.stream is not None:
+            self.stream.synchronize()
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Return `nbytes` of device memory as uint8, at a 256-byte boundary, from torch's allocator.
@@ -86,13 +92,12 @@ class Landing:
         Raises:
             CapacityError: The device has no room.
         """
-        if self.device.driver.is_stand_in:
+        if self.stream is None:
             return self._pose(nbytes)
-        stream = torch.cuda.ExternalStream(self.stream, device=self.torch_device)  # type: ignore[no-untyped-call]
         try:
-            with torch.cuda.device(self.torch_device), torch.cuda.stream(stream):
+            with torch.cuda.device(self.torch_device), torch.cuda.stream(self.stream):
                 return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
-        except torch.OutOfMemoryError as exc:
+        except torch.cuda.OutOfMemoryError as exc:
             free, total = torch.cuda.mem_get_info(self.torch_device)
             raise CapacityError(
                 f"{self.torch_device} has no room for {nbytes} bytes of tensors ({free} of {total} bytes are free): free "
@@ -197,11 +202,7 @@ _owner_pid = os.getpid()
 
 def driver_of(path: str) -> _engine.Driver:
     """Open the driver, once a process. Raises DeviceError with the reason why there is none."""
-    if os.getpid() != _owner_pid and path in _drivers:
-        raise DeviceError(
-            "CUDA cannot be used in a process that was forked after it was: start processes with multiprocessing's "
-            "'spawn', or load before in none of them"
-        )
+    check_fork(path)
     with _lock:
         if path not in _drivers:
             try:
@@ -215,26 +216,38 @@ def driver_of(path: str) -> _engine.Driver:
         return _drivers[path]
 
 
+def check_fork(path: str) -> None:
+    """Raise DeviceError in a process that was forked from one that had opened the driver."""
+    if os.getpid() != _owner_pid and path in _drivers:
+        raise DeviceError(
+            "CUDA cannot be used in a process that was forked after it was: start processes with multiprocessing's "
+            "'spawn', or load before in none of them"
+        )
+
+
+def check_capture(chosen: torch.device) -> None:
+    """Raise DeviceError while the caller's current stream is being captured: what is copied then would not be."""
+    if torch.cuda.is_available():
+        with torch.cuda.device(chosen):
+            if torch.cuda.is_current_stream_capturing():
+                raise DeviceError(f"a CUDA graph is being captured on the current stream of {chosen}: load before")
+
+
 def land(path: str, chosen: torch.device, threads: int) -> Landing:
     """Open a device, once a process, for a load that its caller's thread begins now.
 
     Raises:
-        DeviceError: There is none, or it cannot be used.
+        DeviceError: There is none, or it cannot be used by our engine.
     """
     driver = driver_of(path)
     ordinal = chosen.index or 0
-    stream = 0
-    if not driver.is_stand_in:
-        with torch.cuda.device(chosen):
-            if torch.cuda.is_current_stream_capturing():
-                raise DeviceError(f"a CUDA graph is being captured on the current stream of {chosen}: load before")
-            stream = torch.cuda.current_stream(chosen).cuda_stream
+    stream = None if driver.is_stand_in else torch.cuda.current_stream(chosen)
     with _lock:
         device = _devices.get((path, ordinal))
         if device is None:
             try:
                 device = Device(driver, ordinal, threads)
-            except _engine.DriverError as exc:
+            except (_engine.DriverError, OSError) as exc:
                 raise DeviceError(
                     f"cuda:{ordinal} cannot be used: {exc.args[1]} ({exc.args[0]}); see nvidia-smi and weightcache doctor"
                 ) from exc
@@ -258,8 +271,10 @@ def close_devices() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _lock
+    global _lock, _owner_pid
     _lock = threading.Lock()
+    if not _drivers:  # CUDA was never begun: the child may
+        _owner_pid = os.getpid()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -50,6 +50,8 @@ log = logging.getLogger(__name__)
 
 AUTO_BUDGET_SHARE = 0.8
 N_QUARANTINED = 4
+# Errors of reading that are the file's own: wrong bytes, too few of them, no regular file, a disk that cannot read it.
+ROT = frozenset({errno.EBADMSG, errno.ENODATA, errno.EINVAL, errno.ELOOP, errno.EIO, errno.EUCLEAN})
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,21 +171,25 @@ class DiskTier:
         """
         missed: list[int] = []
         left = [*range(len(wanted))]
-        self.look({each.digest for each in wanted} - self._known.keys())
-        for index in [index for index in left if self._known.get(wanted[index].digest) is None]:
-            left.remove(index)
-            if self._read_by_digest(wanted[index], crew):
-                on_done(index)
-            else:
-                missed.append(index)
-        folder_fd = os.open(self._chunks, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
+            self.look([each.digest for each in wanted if each.digest not in self._known])
+            folder_fd = os.open(self._chunks, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as exc:
+            log.warning("the disk tier %s cannot be read (%s): its chunks are fetched", self.root, exc.strerror or exc)
+            return left
+        try:
+            for index in [index for index in left if self._known.get(wanted[index].digest) is None]:
+                left.remove(index)
+                if self._read_by_digest(folder_fd, wanted[index], crew):
+                    on_done(index)
+                else:
+                    missed.append(index)
             while left:
                 operations = Operations(folder_fd)
                 for index in left:
                     each = wanted[index]
-                    name = f"{each.digest.hex[:2]}/{each.digest.hex}"
-                    operations.read_named(name, 0, each.nbytes, each.place, checksum=self._known.get(each.digest))
+                    checksum = self._known.get(each.digest)
+                    operations.read_named(_name(each.digest), 0, each.nbytes, each.place, checksum=checksum)
 
                 def tell(done: Sequence[int], left: Sequence[int] = tuple(left)) -> None:
                     for index in done:
@@ -192,21 +198,25 @@ class DiskTier:
                 failure = operations.run(crew, tell)
                 if failure is None:
                     break
-                bad = left[failure.index]
-                self._set_aside(wanted[bad].digest, failure)
-                missed.append(bad)
-                left = [each for index, each in enumerate(left) if each != bad and not operations.is_done(index)]
+                bad = {left[failure.index]}
+                left = [each for index, each in enumerate(left) if each not in bad and not operations.is_done(index)]
+                if failure.errno == errno.ENOENT:  # where one is lost, more may be: find them all at once
+                    bad |= {each for each in left if not self._path(wanted[each].digest).exists()}
+                    left = [each for each in left if each not in bad]
+                for each in bad:
+                    self._set_aside(wanted[each].digest, failure)
+                missed += bad
         finally:
             os.close(folder_fd)
         return missed
 
-    def _read_by_digest(self, wanted: WantedChunk, crew: Crew) -> bool:
+    def _read_by_digest(self, folder_fd: int, wanted: WantedChunk, crew: Crew) -> bool:
         """Read a chunk whose checksum is not known, and learn it."""
         memory = _engine.Memory(pages(wanted.nbytes))
         content = memoryview(memory)[: wanted.nbytes]
-        failure = self._read_alone(wanted.digest, content, past_cache=False)
+        failure = _read_alone(folder_fd, wanted.digest, content, past_cache=False)
         if failure is None and Digest.of(content) != wanted.digest:
-            failure = self._read_alone(wanted.digest, content, past_cache=True)
+            failure = _read_alone(folder_fd, wanted.digest, content, past_cache=True)
             if failure is None and Digest.of(content) != wanted.digest:
                 failure = Failure(0, errno.EBADMSG, 0)
         if failure is not None:
@@ -223,16 +233,6 @@ class DiskTier:
             raise failure.as_error(f"chunk {wanted.digest}")
         return True
 
-    def _read_alone(self, digest: Digest, target: memoryview, *, past_cache: bool) -> Failure | None:
-        """Read a chunk's file unchecked."""
-        folder_fd = os.open(self._path(digest).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            operations = Operations(folder_fd)
-            operations.read_named(digest.hex, 0, len(target), HostPlace(address_of(target)), past_cache=past_cache)
-            return operations.run(Crew(threads=1))
-        finally:
-            os.close(folder_fd)
-
     def _set_aside(self, digest: Digest, failure: Failure) -> None:
         """Make a chunk that could not be read a miss from now on, or raise what is not the chunk's fault."""
         if failure.errno == errno.ENOENT:
@@ -241,8 +241,8 @@ class DiskTier:
         error = failure.as_error(f"chunk {digest}")
         if not isinstance(error, OSError):
             raise error
-        if failure.errno in (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM):
-            log.warning("chunk %s cannot be opened (%s) and is fetched again", digest, error.strerror)
+        if failure.errno not in ROT:
+            log.warning("chunk %s cannot be read (%s) and is fetched again", digest, error.strerror)
             return
         if failure.errno != errno.EBADMSG:
             log.warning("chunk %s cannot be read (%s)", digest, error.strerror)
@@ -475,7 +475,11 @@ class DiskTier:
             if deep:
                 content = memoryview(_engine.Memory(nbytes))
                 # What the disk holds counts, not what the page cache remembers.
-                failure = self._read_alone(digest, content, past_cache=True)
+                folder_fd = os.open(self._chunks, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    failure = _read_alone(folder_fd, digest, content, past_cache=True)
+                finally:
+                    os.close(folder_fd)
                 if failure is not None and failure.errno == errno.ENOENT:
                     return "lost"
                 if failure is not None or Digest.of(content) != digest:
@@ -565,6 +569,18 @@ class DiskTier:
 
     def close(self) -> None:
         self._catalogue.close()
+
+
+def _name(digest: Digest) -> str:
+    """Return a chunk's file below the folder of chunks."""
+    return f"{digest.hex[:2]}/{digest.hex}"
+
+
+def _read_alone(folder_fd: int, digest: Digest, target: memoryview, *, past_cache: bool) -> Failure | None:
+    """Read a chunk's file unchecked."""
+    operations = Operations(folder_fd)
+    operations.read_named(_name(digest), 0, len(target), HostPlace(address_of(target)), past_cache=past_cache)
+    return operations.run(Crew(threads=1))
 
 
 def _tree_bytes(folder: Path) -> int:

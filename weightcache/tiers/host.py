@@ -5,10 +5,12 @@ Never frees memory that a tensor still lies in: the memory lives as long as anyt
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
-from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 from weightcache import _engine, machine
 from weightcache.errors import CapacityError
@@ -16,6 +18,7 @@ from weightcache.layout import PAGE_NBYTES, ChunkKey, Layout, Placement, pages
 from weightcache.operations import Crew, HostPlace, address_of
 
 CHECKED_FROM_NBYTES = 64 << 20  # asking costs 0.2 ms; memory of a few chunks is there, or the next image is refused
+HUGE_PAGE_NBYTES = 2 << 20
 REGISTERED_NBYTES = 1 << 30  # at once: a longer registration holds up other users of the device
 LEAST_REGISTERED_NBYTES = 256 << 20
 NO_ROOM = (errno.ENOMEM, errno.ENOSPC)
@@ -93,11 +96,13 @@ class HeldImage:
         self.layout = layout
         self.nbytes = memory.nbytes
         self.last_use_s = 0.0
-        self.n_users = 0  # loads that copy from it now
+        self.n_users = 0  # loads that copy from it, and models attached to it; changed under the tier's lock
         self._memory = memory
-        self._lock = threading.Lock()
-        self._loads: dict[Hashable, int] = {}
+        self.lock = threading.Lock()  # of what follows
+        self._n_loads = 0
+        self._is_closed = False
         self._registered_for: Hashable = None
+        self._why_not = ""
         self._undo: list[Callable[[], None]] = []
 
     @property
@@ -111,45 +116,58 @@ class HeldImage:
         """Map it for somebody who may write into it: each page that is written becomes their own."""
         return _engine.SealedMemory(self._memory.fd, self.nbytes, own=True)
 
-    def lock_for(self, device: Hashable, register: Callable[[int, int], Callable[[], None]]) -> str:
+    def lock_for(
+        self,
+        device: Hashable,
+        register: Callable[[int, int], Callable[[], None]],
+        alone: Callable[[], AbstractContextManager[None]],
+    ) -> str:
         """Have the image registered for a device on its second load there, or at once where that costs nothing.
 
         Registering costs 0.1 s/GB in 4 KiB pages and nearly nothing in huge ones; passing through the ring costs
-        0.05 to 0.08 s of processor time per GB each time (docs/decisions/011).
+        0.05 to 0.08 s of processor time per GB each time (docs/decisions/011). Call it once a load, not on the loop.
 
         Args:
-            device: Names the device.
+            device: Names the device. The driver takes memory once, so it is registered for the first that loads twice.
             register: Registers (address, nbytes) and returns what undoes it. Raises OSError or DriverError.
+            alone: Keeps other processes from registering meanwhile.
 
         Returns:
             Why it is not registered; empty where it is.
         """
-        with self._lock:
-            if self._registered_for not in (None, device):
-                return "registered for another device of this process: the driver takes memory once"
-            n_loads = self._loads[device] = self._loads.get(device, 0) + 1
-            wanted_at = 1 if self._memory.pages != _engine.PAGES_SMALL else 2
-            if n_loads < wanted_at:
+        with self.lock:
+            if self._is_closed:
+                return "it is no longer kept"
+            if self._registered_for is not None:
+                return self._why_not if self._registered_for == device else "registered for another device"
+            self._n_loads += 1
+            if self._n_loads < 2 and self._memory.pages == _engine.PAGES_SMALL:
                 return "not registered yet: that pays from the second load on"
-            if n_loads > wanted_at:
-                return ""
             self._registered_for = device
+            # Reserved huge pages are registered whole; the mapping goes on to the end of the last.
+            end = (
+                -(-self.nbytes // HUGE_PAGE_NBYTES) * HUGE_PAGE_NBYTES
+                if self.nbytes >= HUGE_PAGE_NBYTES
+                else self.nbytes
+            )
             piece, at = REGISTERED_NBYTES, 0
-            end = pages(self.nbytes)
             while at < end:
                 nbytes = min(piece, end - at)
                 try:
-                    self._undo.append(register(self.address + at, nbytes))
+                    with alone():
+                        self._undo.append(register(self.address + at, nbytes))
                     at += nbytes
                 except (OSError, _engine.DriverError) as exc:
-                    piece //= 2
+                    piece = min(piece, nbytes) // 2
                     if piece < LEAST_REGISTERED_NBYTES:
-                        return f"{at} of {self.nbytes} bytes could be registered: {exc}"
-        return ""
+                        self._why_not = f"{at} of {self.nbytes} bytes could be registered: {exc}"
+                        break
+            return self._why_not
 
     def close(self) -> None:
-        """Undo registrations; what was attached stays valid."""
-        with self._lock:
+        """Undo registrations, for good; what was attached stays valid."""
+        with self.lock:
+            self._is_closed = True
             for undo in self._undo:
                 undo()
             self._undo.clear()
@@ -159,12 +177,17 @@ class AttachedImage:
     """A held image as one load sees it: all tensors lie in their places already, and may be written."""
 
     def __init__(self, held: HeldImage, wanted: Container[str]) -> None:
-        self.memory = held.attach()
         self.tensors = tuple(placed for placed in held.layout.tensors if placed.name in wanted)
+        self.memory: _engine.SealedMemory | _engine.Memory = held.attach()
         self._pages = held.pages()
+        if not self.memory.is_private:  # no reserved page is left for one that is written
+            copied = allocate(held.nbytes)
+            memoryview(copied)[: held.nbytes] = memoryview(self.memory)
+            self.memory = copied
+            self._pages = "private, copied from a shared image: no reserved page is left for those that are written"
 
     def pages(self) -> str:
-        return self._pages if self.memory.is_private else f"{self._pages}; read-only, as no page is left for copies"
+        return self._pages
 
 
 class HostTier:
@@ -173,38 +196,52 @@ class HostTier:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._images: dict[str, HeldImage] = {}
+        self._promised_bytes = 0  # to images that are being filled
 
-    def find(self, model: str, revision: str, keys: Iterable[ChunkKey], now_s: float) -> HeldImage | None:
-        """Return the image of a model in this state if it holds all these chunks."""
+    def hold(self, model: str, revision: str, keys: Iterable[ChunkKey], now_s: float) -> HeldImage | None:
+        """Return the image of a model in this state if it holds all these chunks; `let_go` of it afterwards."""
         with self._lock:
             held = self._images.get(model)
             if held is None or held.revision != revision or not all(key in held.layout.chunks for key in keys):
                 return None
             held.last_use_s = now_s
+            held.n_users += 1
             return held
 
-    def make_room(self, nbytes: int, budget_bytes: int) -> None:
-        """Drop images until `nbytes` more fit. Raises CapacityError when they never will."""
+    def let_go(self, held: HeldImage) -> None:
         with self._lock:
-            if nbytes > budget_bytes:
+            held.n_users -= 1
+
+    @contextlib.contextmanager
+    def room(self, nbytes: int, budget_bytes: int) -> Iterator[None]:
+        """Have room for an image for the length of the block, dropping idle ones. Raises CapacityError.
+
+        An image in use never leaves, and none leaves where that would not suffice.
+        """
+        with self._lock:
+            idle = sorted(
+                (held for held in self._images.values() if not held.n_users), key=lambda each: each.last_use_s
+            )
+            over = sum(held.nbytes for held in self._images.values()) + self._promised_bytes + nbytes - budget_bytes
+            if over > sum(held.nbytes for held in idle):
                 raise CapacityError(
-                    f"an image of {nbytes} bytes is more than the host budget of {budget_bytes}: raise host_budget_bytes",
+                    f"no room for an image of {nbytes} bytes within the host budget of {budget_bytes}, of which "
+                    f"{budget_bytes + over - nbytes} are in use or kept: evict models, or raise host_budget_bytes",
                     wanted_bytes=nbytes,
                     budget_bytes=budget_bytes,
                 )
-            idle = sorted((key for key, held in self._images.items() if not held.n_users), key=self._last_use)
-            while sum(held.nbytes for held in self._images.values()) + nbytes > budget_bytes:
-                if not idle:
-                    raise CapacityError(
-                        f"no room for an image of {nbytes} bytes within the host budget of {budget_bytes}: what is there is "
-                        "in use; try again later, or raise host_budget_bytes",
-                        wanted_bytes=nbytes,
-                        budget_bytes=budget_bytes,
-                    )
-                self._images.pop(idle.pop(0)).close()
-
-    def _last_use(self, model: str) -> float:
-        return self._images[model].last_use_s
+            gone: list[HeldImage] = []
+            while over > sum(held.nbytes for held in gone):
+                gone.append(idle.pop(0))
+            self._images = {key: held for key, held in self._images.items() if held not in gone}
+            self._promised_bytes += nbytes
+        try:
+            for held in gone:
+                held.close()
+            yield
+        finally:
+            with self._lock:
+                self._promised_bytes -= nbytes
 
     def keep(self, model: str, held: HeldImage) -> None:
         """Keep an image, in place of the one of another state of its model."""
@@ -227,8 +264,15 @@ class HostTier:
         with self._lock:
             return list(self._images.values())
 
+    def after_fork_in_child(self) -> None:
+        """Renew the locks: who held them stayed in the parent."""
+        self._lock = threading.Lock()
+        for held in self._images.values():
+            held.lock = threading.Lock()
+
 
 host_tier = HostTier()
+os.register_at_fork(after_in_child=host_tier.after_fork_in_child)
 
 
 def host_budget_bytes(setting: int) -> int:
@@ -240,12 +284,13 @@ def host_budget_bytes(setting: int) -> int:
 def keep_freed(setting: int) -> None:
     """Have freed memory kept for the next load, once a process: the kernel may take it back when it needs it.
 
-    `setting` is the host budget; 0 means an eighth of what this process could have.
+    At most an eighth of what this process could have, and no more than the host budget, if one is set.
     """
     global _keeps_freed
     if not _keeps_freed:
         _keeps_freed = True
-        _engine.pool_limit(setting or machine.memory_available_bytes() // 8)
+        available = machine.memory_available_bytes() // 8
+        _engine.pool_limit(min(setting, available) if setting else available)
 
 
 _keeps_freed = False
