@@ -220,10 +220,7 @@ def carry_out(
         OSError: One of them failed.
     """
     counters = counters or operations.Counters()
-    if hasattr(operations, "Crew"):
-        failure = batch.run(operations.Crew(threads, target, counters=counters))
-    else:
-        failure = batch.run(threads, target=target, counters=counters)
+    failure = batch.run(operations.Crew(threads, target, counters=counters))
     if failure is not None:
         raise OSError(failure.errno, f"operation {failure.index} of {len(batch)} failed: {failure}")
 
