@@ -6,7 +6,6 @@ one by one, each verified).
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -172,9 +171,7 @@ async def _bring(session: Session, where: Where) -> Arrival:
             keys = [*([] if is_attached(held, where) else chunks_of(wanted)), *missing_file_keys(session)]
             plan = decide(session, keys, look(session, keys), held.layout.chunks if held else ())
         with report.stage("move"):
-            home = await asyncio.get_running_loop().run_in_executor(
-                session.threads.workers, home_for, session, wanted, where, held
-            )
+            home = await session.threads.on_worker(home_for, session, wanted, where, held)
             arrival = Arrival(session, home, keys, counter_of(session, keys))
             del home
             transfer = transfer_of(session, arrival, where.landing, held, is_kept=where.landing is None)

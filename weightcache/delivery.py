@@ -89,9 +89,8 @@ async def hold_image(session: Session, wanted: Iterable[Wanted], landing: Landin
     session.held.callback(host_tier.let_go, held)
     if landing is not None:
         device, lock_for = landing.device, held.lock_for
-        why_not = await asyncio.get_running_loop().run_in_executor(
-            session.threads.workers, lock_for, device, device.register, lambda: _alone(session.settings.dir)
-        )
+        folder = session.settings.dir
+        why_not = await session.threads.on_worker(lock_for, device, device.register, lambda: _alone(folder))
         if why_not:
             session.report.choices["registration"] = why_not
     return held

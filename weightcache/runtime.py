@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import traceback
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,26 @@ class Runtime:
             coroutine.close()
             raise RuntimeError("weightcache was called from its own loop thread")
         return Job(self.loop, coroutine)
+
+    def submit(self, work: Callable[..., T], *arguments: object) -> tuple[concurrent.futures.Future[None], list[T]]:
+        """Have a worker thread do work. Returns its future, and a list that holds the result when that is done."""
+        outcome: list[T] = []
+        held = [(work, arguments)]
+
+        def step() -> None:
+            # Popped, so that what it holds is let go of before it counts as done, not a moment later; and not as the
+            # future's result: a future that a loop waited for is part of a cycle, and the views of memory it held
+            # would keep a whole image until garbage is collected.
+            work, arguments = held.pop()
+            outcome.append(work(*arguments))
+
+        return self.workers.submit(step), outcome
+
+    async def on_worker(self, work: Callable[..., T], *arguments: object) -> T:
+        """Have a worker thread do work, and wait for it. Cancelled, it goes on by itself."""
+        future, outcome = self.submit(work, *arguments)
+        await asyncio.wrap_future(future)
+        return outcome.pop()
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the loop thread and wait. Ctrl-C cancels it and waits until it has cleaned up."""

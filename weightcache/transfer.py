@@ -384,17 +384,7 @@ class Transfer:
 
     async def _on_worker(self, work: Callable[..., T], *arguments: object) -> T:
         """Run a step on a worker thread. Cancelled, it is told to stop, and waited for: nothing moves afterwards."""
-        outcome: list[T] = []
-        held = [(work, arguments)]
-
-        def step() -> None:
-            # Popped, so that what it holds is let go of before it counts as done, not a moment later; and not as the
-            # future's result: a future that a loop waited for is part of a cycle, and the views of memory it held
-            # would keep a whole image until garbage is collected.
-            work, arguments = held.pop()
-            outcome.append(work(*arguments))
-
-        future = self.threads.workers.submit(step)
+        future, outcome = self.threads.submit(work, *arguments)
         running = asyncio.wrap_future(future)
         try:
             await asyncio.shield(running)

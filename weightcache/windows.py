@@ -116,9 +116,7 @@ class Windows:
 
     async def _bring_window(self, window: Sequence[Wanted], file_keys: Sequence[ChunkKey], counter: Counter) -> None:
         session, where, held = self._session, self._where, self._held
-        home = await asyncio.get_running_loop().run_in_executor(
-            session.threads.workers, home_for, session, window, where, held
-        )
+        home = await session.threads.on_worker(home_for, session, window, where, held)
         owner: list[Arrival] = []
         keys = [*([] if is_attached(held, where) else chunks_of(window)), *file_keys]
         arrived = self._arrived
