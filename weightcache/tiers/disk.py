@@ -310,7 +310,7 @@ class DiskTier:
         with self._catalogue.transaction():
             row = self._row(digest)
             if row is not None:
-                self._path(digest).unlink(missing_ok=True)
+                remove_dead(self._path(digest))  # not what a living writer has just put there, who counts it himself
                 self._remove(digest, row[0])
         self._clear(digest)
 
