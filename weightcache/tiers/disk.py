@@ -568,6 +568,7 @@ class DiskTier:
             catalogue.set("complete", True)
 
     def close(self) -> None:
+        self._bounce = threading.local()  # the writers' buffers go now, not when the last who knows this tier does
         self._catalogue.close()
 
 
