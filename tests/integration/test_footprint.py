@@ -63,8 +63,7 @@ def test_g13_a_model_that_is_closed_gives_its_memory_back_at_once(
         assert model.wait_stored(60)
         before = resident_bytes()
         model.close()
-        # A thread that has just ended its work for this load may let go a moment later.
-        wait_until(lambda: resident_bytes() < before - 0.9 * hosted.nbytes)  # noqa: B023 - waited for here
+        assert resident_bytes() < before - 0.9 * hosted.nbytes
 
 
 def test_g13_a_stream_gives_its_memory_back_at_once(hosted: Hosted, no_garbage_collection: None) -> None:
