@@ -50,15 +50,28 @@ def create_locked(folder: Path, *, prefix: str = "", suffix: str = "") -> tuple[
         os.close(fd)  # someone took it for litter before it was locked
 
 
-def publish(fd: int, path: Path, target: Path, *, folder_mode: int = 0o700) -> None:
-    """Make a staged file visible as `target`, atomically and durably: sync, rename, sync the folder.
+def unlock(fd: int) -> None:
+    """Let go of the lock that shows that a file's writer is not done with it."""
+    fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+def publish(
+    fd: int,
+    path: Path,
+    target: Path,
+    *,
+    folder_mode: int = 0o700,
+    naming: contextlib.AbstractContextManager[None] | None = None,
+) -> None:
+    """Make a staged file visible as `target`, atomically and durably: sync, rename (in `naming`), sync the folder.
 
     Both syncs are needed: after power loss rename alone lost or tore 6 of 6 files on ext4 and xfs, syncing only the
     file still lost 1 of 6 (docs/decisions/004). Folders that are not there are made.
     """
     os.fsync(fd)
     _make_folder(target.parent, folder_mode)
-    path.rename(target)
+    with naming or contextlib.nullcontext():
+        path.rename(target)
     sync_folder(target.parent)
 
 
@@ -135,19 +148,28 @@ def sweep(staging: Path) -> int:
     return sum(remove_dead(path) for path in staging.glob(f"*{STAGED_SUFFIX}"))
 
 
-def remove_dead(path: Path) -> bool:
-    """Remove a file made by `create_locked` unless its owner lives; tell whether it is gone."""
+def remove_dead(path: Path, *, keep_as: Path | None = None) -> bool:
+    """Remove a file made by `create_locked`, or give it another name, unless its owner lives; tell whether it is gone.
+
+    What lies there instead of such a file, a link or a pipe, has no owner.
+    """
+    fd = -1
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as exc:
+                if exc.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    return False
+                if exc.errno not in (errno.ELOOP, errno.ENXIO):
+                    raise
+            # Under the lock, so that an owner that waits for it sees the file gone.
+            if keep_as is not None:
+                path.rename(keep_as)
+            else:
+                path.unlink()
         return True
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink(missing_ok=True)  # under the lock, so that an owner that waits for it sees the file gone
-    except OSError as exc:
-        if exc.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return False
-        raise
     finally:
-        os.close(fd)
-    return True
+        if fd >= 0:
+            os.close(fd)

@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cache_folder import chunk_files, flip_byte, occupied_bytes, open_below, staged_files
@@ -160,7 +161,7 @@ def test_g03_a_chunk_is_synced_before_the_catalogue_shows_it(
 
     def watched_rename(source: Path, destination: Path) -> None:
         rename(source, destination)
-        watch(f"renamed to {Path(destination).name}")
+        steps.append(f"renamed to {Path(destination).name}")  # in a transaction: nobody can look
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", watched_fsync)
@@ -323,6 +324,51 @@ def test_opening_a_tier_spares_what_another_is_about_to_lock(
     else:
         assert tier.leased() == {"model"}
         lease.release()
+
+
+@pytest.mark.parametrize("when", ["before it is entered", "once it is entered"])
+@pytest.mark.parametrize("how", ["dropped", "set aside"])
+def test_g13_a_chunk_that_is_taken_from_under_its_writer_is_counted_right(
+    tier: DiskTier, monkeypatch: pytest.MonkeyPatch, when: str, how: str
+) -> None:
+    content = content_of(50_000)
+    take = tier.drop if how == "dropped" else tier.quarantine
+    enter = tier._enter
+
+    def entered(digest: Digest, *rest: Any) -> bool:
+        if when == "before it is entered":
+            take(digest)
+        new = enter(digest, *rest)
+        if when == "once it is entered":
+            take(digest)
+        return new
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tier, "_enter", entered)
+        digest = put(tier, content)
+    assert tier.look([digest]) == ({digest} if when == "before it is entered" else set())
+    assert tier.used_bytes() == occupied_bytes(tier.root)
+    assert read(tier, put(tier, content), 50_000) == content
+    assert tier.used_bytes() == occupied_bytes(tier.root)
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "folder"])
+def test_g04_what_is_no_file_is_set_aside_and_missed(tier: DiskTier, tmp_path: Path, kind: str) -> None:
+    content = content_of(5000)
+    digest = put(tier, content)
+    path = chunk_files(tier.root)[digest.hex]
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        (tmp_path / "elsewhere").write_bytes(content if kind == "link" else b"")
+        path.symlink_to(tmp_path / ("elsewhere" if kind == "link" else "nowhere"))
+    assert read(tier, digest, 5000) is None
+    assert tier.look([digest]) == set()
+    assert read(tier, put(tier, content), 5000) == content
+    assert tier.used_bytes() == occupied_bytes(tier.root)
 
 
 # -- holds and budget

@@ -36,6 +36,7 @@ from weightcache.files import (
     remove_dead,
     staged,
     sweep,
+    unlock,
     write_past_page_cache,
 )
 from weightcache.layout import pages
@@ -259,8 +260,9 @@ class DiskTier:
             try:
                 stored = self._fill(fd, content, nbytes, checksum)
                 if stored and not self._holds(digest):
-                    publish(fd, path, self._path(digest))
-                    new = self._enter(digest, len(content), checksum)
+                    # Names change in transactions alone, so that who drops a chunk sees its file and its row as one.
+                    publish(fd, path, self._path(digest), naming=self._catalogue.transaction())
+                    new = self._enter(digest, fd, len(content), checksum)
             finally:
                 if not new:
                     self._catalogue.add("used_bytes", -nbytes)
@@ -298,11 +300,12 @@ class DiskTier:
         write_past_page_cache(fd, bounce)
         return True
 
-    def _enter(self, digest: Digest, nbytes: int, expected: int) -> bool:
+    def _enter(self, digest: Digest, fd: int, nbytes: int, expected: int) -> bool:
         """Enter a published chunk into the catalogue; tell whether it was not there, so that its bytes are new."""
         with self._catalogue.transaction():
             new = self._row(digest) is None
             self._catalogue.set(f"chunk:{digest.hex}", [nbytes, expected])
+            unlock(fd)  # from here on its row speaks for it: see drop
         self._known[digest] = expected
         return new
 
@@ -310,7 +313,7 @@ class DiskTier:
         with self._catalogue.transaction():
             row = self._row(digest)
             if row is not None:
-                remove_dead(self._path(digest))  # not what a living writer has just put there, who counts it himself
+                remove_dead(self._path(digest))  # not what a living writer has put there and not entered: he counts it
                 self._remove(digest, row[0])
         self._clear(digest)
 
@@ -321,13 +324,12 @@ class DiskTier:
         with self._catalogue.transaction():
             row = self._row(digest)
             if row is not None:
-                with contextlib.suppress(FileNotFoundError):
-                    self._path(digest).rename(folder / digest.hex)
+                remove_dead(self._path(digest), keep_as=folder / digest.hex)
                 self._remove(digest, row[0])
         self._clear(digest)
-        kept = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
-        for path in kept[:-N_QUARANTINED]:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # others tidy up too
+            for path in sorted(folder.iterdir(), key=lambda path: path.lstat().st_mtime)[:-N_QUARANTINED]:
+                path.unlink()
 
     def _remove(self, digest: Digest, nbytes: int) -> None:
         """Take a chunk out of the catalogue, in the transaction that its file leaves in: who counts waits for both."""
