@@ -24,8 +24,10 @@ from urllib.parse import urlsplit
 
 import engine_cases
 import measuring
+import origin_cases
 import safetensors.torch
 import torch
+from images import Image, Piece
 from measuring import Job, Loaded, Loader
 
 MIB = 1 << 20
@@ -180,9 +182,9 @@ def raw_direct(job: Job) -> Callable[[], Loaded]:
 
     align = _engine.ALIGNMENT  # of offset, length and address; a file's last block is read short
     sizes = {path: -(-Path(path).stat().st_size // align) * align for path in job["files"]}
-    pieces, target = _pieces(sizes, DIRECT_NBYTES)
+    image = Image(sizes)
 
-    def read(piece: tuple[str, int, memoryview]) -> None:
+    def read(piece: Piece) -> None:
         path, start, view = piece
         fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
         try:
@@ -193,8 +195,8 @@ def raw_direct(job: Job) -> Callable[[], Loaded]:
 
     def run() -> Loaded:
         with ThreadPoolExecutor(N_READERS) as pool:
-            list(pool.map(read, pieces))
-        return Loaded(facts=lambda: {"nbytes": target.nbytes})
+            list(pool.map(read, image.pieces(DIRECT_NBYTES)))
+        return Loaded(facts=lambda: {"nbytes": image.memory.nbytes})
 
     return run
 
@@ -258,10 +260,11 @@ def hub(job: Job) -> Callable[[], Loaded]:
 
 def raw_get(job: Job) -> Callable[[], Loaded]:
     """Receive all ranges over N_CONNECTIONS plain connections into memory populated before the clock, unverified."""
-    urls: Mapping[str, str] = job["signed_urls"]
-    pieces, target = _pieces(job["sizes"], RANGE_NBYTES)
+    urls: Mapping[str, str] = job["urls"]
+    image = Image(job["sizes"])
+    pieces = image.pieces(RANGE_NBYTES)
 
-    def receive(own: list[tuple[str, int, memoryview]]) -> None:
+    def receive(own: list[Piece]) -> None:
         with closing(http.client.HTTPConnection(urlsplit(next(iter(urls.values()))).netloc)) as connection:
             for name, start, view in own:
                 address = urlsplit(urls[name])
@@ -275,7 +278,7 @@ def raw_get(job: Job) -> Callable[[], Loaded]:
     def run() -> Loaded:
         with ThreadPoolExecutor(N_CONNECTIONS) as pool:
             list(pool.map(receive, [pieces[first::N_CONNECTIONS] for first in range(N_CONNECTIONS)]))
-        return Loaded(facts=lambda: {"nbytes": target.nbytes})
+        return Loaded(facts=lambda: {"nbytes": image.memory.nbytes})
 
     return run
 
@@ -288,23 +291,6 @@ def _sync(paths: list[str]) -> None:
     for path in paths:
         with Path(path).open("rb") as file:
             os.fsync(file.fileno())
-
-
-def _pieces(sizes: Mapping[str, int], limit: int) -> tuple[list[tuple[str, int, memoryview]], Any]:
-    """Cut files into ranges of at most `limit` bytes, each with its place in one populated memory."""
-    from weightcache import _engine
-
-    aligned = {name: -(-nbytes // 4096) * 4096 for name, nbytes in sizes.items()}
-    memory = _engine.Memory(sum(aligned.values()))
-    memory.populate(0, memory.nbytes)
-    view, base = memoryview(memory), 0
-    pieces: list[tuple[str, int, memoryview]] = []
-    for name, nbytes in sizes.items():
-        for start in range(0, nbytes, limit):
-            stop = min(start + limit, nbytes)
-            pieces.append((name, start, view[base + start : base + stop]))
-        base += aligned[name]
-    return pieces, memory
 
 
 LOADERS: Mapping[str, Loader] = {
@@ -327,6 +313,7 @@ LOADERS: Mapping[str, Loader] = {
         raw_get,
         weightcache_hosted,
         *engine_cases.LOADERS,
+        *origin_cases.LOADERS,
     )
 }
 

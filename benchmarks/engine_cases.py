@@ -14,10 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import measuring
-import torch
-from measuring import Job, Loaded, Tensors
+from images import Image
+from measuring import Job, Loaded
 
-from weightcache import _engine
 from weightcache.operations import Counters, HostPlace, Operations
 
 MIB = 1 << 20
@@ -39,16 +38,16 @@ def engine_image(job: Job) -> Callable[[], Loaded]:
     def run() -> Loaded:
         operations = Operations(folder_fd)
         for number, start in enumerate(range(0, nbytes, OPERATION_NBYTES)):
-            place = HostPlace(image.address + start, is_padded=True)
+            place = HostPlace(image.memory.address + start, is_padded=True)
             size = min(OPERATION_NBYTES, nbytes - start)
             operations.read_named(path.name, start, size, place, checksum=sums[number] if sums else None)
         measuring.carry_out(operations, job["options"]["threads"], counters=counters)
 
         def facts() -> dict[str, object]:
             read = {name: getattr(counters, name) for name in ("direct", "cached", "checked", "reread", "refused")}
-            return {**read, "image": {"bytes": image.nbytes, "huge_bytes": image.huge_nbytes()}}
+            return {**read, "image": {"bytes": image.memory.nbytes, "huge_bytes": image.memory.huge_nbytes()}}
 
-        return Loaded(_tensors(image), facts=facts)
+        return Loaded(image.tensors(), facts=facts)
 
     return run
 
@@ -57,13 +56,13 @@ def plain_copy(job: Job) -> Callable[[], Loaded]:
     """Read a file through the page cache into an image, COPY_NBYTES a call, on one thread: what a copy costs."""
     path, image = Path(job["files"][0]), _image(job)
     fd, nbytes = os.open(path, os.O_RDONLY), path.stat().st_size
-    view = memoryview(image)
+    view = memoryview(image.memory)
 
     def run() -> Loaded:
         at = 0
         while at < nbytes:
             at += os.preadv(fd, [view[at : min(at + COPY_NBYTES, nbytes)]], at)
-        return Loaded(_tensors(image))
+        return Loaded(image.tensors())
 
     return run
 
@@ -98,26 +97,9 @@ def fio(job: Job) -> Callable[[], Loaded]:
     return run
 
 
-def _image(job: Job) -> _engine.Memory:
-    nbytes = Path(job["files"][0]).stat().st_size
-    image = _engine.Memory(-(-nbytes // _engine.ALIGNMENT) * _engine.ALIGNMENT)
-    image.populate(0, image.nbytes)
-    torch.frombuffer(image, dtype=torch.uint8)[:2].view(torch.bfloat16).view([1])  # torch's first calls take long
-    return image
-
-
-def _tensors(image: _engine.Memory) -> Tensors:
-    """Return the tensors of the model `single`, all BF16, over the bytes of its file."""
-    view = memoryview(image)
-    header_nbytes = int.from_bytes(view[:8], "little")
-    header = json.loads(bytes(view[8 : 8 + header_nbytes]))
-    header.pop("__metadata__", None)
-    whole = torch.frombuffer(image, dtype=torch.uint8)
-    tensors = {}
-    for name, entry in header.items():
-        start, stop = (8 + header_nbytes + offset for offset in entry["data_offsets"])
-        tensors[name] = whole[start:stop].view(torch.bfloat16).view(entry["shape"])
-    return tensors
+def _image(job: Job) -> Image:
+    path = Path(job["files"][0])
+    return Image({path.name: path.stat().st_size})
 
 
 LOADERS = (engine_image, plain_copy, fio)

@@ -40,6 +40,10 @@ LIBRARIES = (
     "runai-model-streamer",
     "fastsafetensors",
     "instanttensor",
+    "aiobotocore",
+    "aiohttp",
+    "obstore",
+    "tensorizer",
 )
 
 Job = Mapping[str, Any]

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import measuring
+from checkpoints import N_HERD
 from rows import Judge, Row, Verdict, at_most, little_memory, no_slower
-from workshop import N_HERD, Case, CaseFailed, Result, Workshop
+from workshop import Case, CaseFailed, Result, Workshop
 
 HERD_ROUNDS = 3
 TRAFFIC_LIMIT = 1.01  # the listing's XML comes on top of the bytes of files and headers
@@ -28,11 +29,12 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came out: rows by case, verdicts, and why cases failed, which is a miss each."""
+    """What came out: rows by case, verdicts, why cases failed, which is a miss each, or why nothing could be asked."""
 
     rows: Mapping[str, Row]
     verdicts: list[Verdict]
     failures: Mapping[str, str] = field(default_factory=dict)
+    obstacle: str = ""
 
 
 class Question(Protocol):
@@ -51,6 +53,9 @@ class Comparison:
     """Cases against each other: interleaved, each round begun by another case, the first rounds thrown away.
 
     A case that fails takes no part in later rounds.
+
+    Attributes:
+        obstacle: Says why it cannot be asked on this machine; empty where it can.
     """
 
     name: str
@@ -59,8 +64,11 @@ class Comparison:
     cases: tuple[Case, ...]
     judges: tuple[Judge, ...]
     n_thrown_away: int = 1
+    obstacle: Callable[[], str] = str
 
     def answer(self, workshop: Workshop, repeats: int, say: Say) -> Answer:
+        if obstacle := self.obstacle():
+            return Answer({}, [], obstacle=obstacle)
         cases = [case for case in self.cases if case.is_installed]
         for case in self.cases:
             if not case.is_installed:

@@ -109,14 +109,14 @@ Rows = Mapping[str, Row]
 Judge = Callable[[Rows], list[Verdict]]
 
 
-def no_slower(ours: str, peer: str) -> Judge:
-    """Hold the ratio of two medians against 1; without verdict where a case was skipped."""
+def no_slower(ours: str, peer: str, most: float = 1.0) -> Judge:
+    """Hold the ratio of two medians against `most`; without verdict where a case was skipped."""
 
     def judge(rows: Rows) -> list[Verdict]:
         if ours not in rows or peer not in rows:
             return []
         ratio = rows[ours].seconds.median / rows[peer].seconds.median
-        return [Verdict(f"time of {ours} / {peer}", ratio, 1.0, "x")]
+        return [Verdict(f"time of {ours} / {peer}", ratio, most, "x")]
 
     return judge
 
@@ -158,6 +158,18 @@ def cpu_share(ours: str, peer: str, most: float) -> Judge:
         if ours not in rows or peer not in rows:
             return []
         return [Verdict(f"CPU of {ours} / {peer}", rows[ours].cpu_s / rows[peer].cpu_s, most, "x")]
+
+    return judge
+
+
+def extra_bytes_at_most(ours: str, base: str, most: float) -> Judge:
+    """Hold the bytes that a proxy carried for ours beside those for another case, as a share of those."""
+
+    def judge(rows: Rows) -> list[Verdict]:
+        if ours not in rows or base not in rows:
+            return []
+        carried, due = (rows[case].facts["proxy_bytes"] for case in (ours, base))
+        return [Verdict(f"bytes of {ours} / {base}, last round", carried / due, 1 + most, "x")]
 
     return judge
 

@@ -61,18 +61,20 @@ def main(
     machine = measuring.describe_machine(arguments.work)
     print(f"commit {commit}\nmachine {machine}\nload average {os.getloadavg()[0]:.1f} at the start\n")
     rows: list[dict[str, Any]] = []
-    n_misses = 0
+    n_misses = n_skipped = 0
     began = time.monotonic()
     with Workshop(arguments.work, quick=arguments.quick) as workshop:
         for question in chosen:
             answer = question.answer(workshop, arguments.repeats, say)
-            show(question, answer, workshop.nbytes(question.model))
+            show(question, answer, 0 if answer.obstacle else workshop.nbytes(question.model))
+            n_skipped += bool(answer.obstacle)
             n_misses += sum(not verdict.passed for verdict in answer.verdicts) + len(answer.failures)
             rows += as_json(question, answer, {"commit": commit, "machine": machine, "quick": arguments.quick})
             if arguments.out is not None:  # after each question: a long run that breaks has not been for nothing
                 text = json.dumps(rows, indent=1).replace(str(workshop.folder), "<work>")
                 arguments.out.write_text(text + "\n")
-    print(f"{n_misses} targets missed; {time.monotonic() - began:.0f} s in all")
+    skipped = f", {n_skipped} questions skipped" if n_skipped else ""
+    print(f"{n_misses} targets missed{skipped}; {time.monotonic() - began:.0f} s in all")
 
 
 def parse_arguments(description: str, questions: Sequence[Question], out: Path | None) -> argparse.Namespace:
@@ -93,6 +95,9 @@ def parse_arguments(description: str, questions: Sequence[Question], out: Path |
 
 def show(question: Question, answer: Answer, nbytes: int) -> None:
     """Print a question's table and verdicts."""
+    if answer.obstacle:
+        print(f"{question.name}: SKIPPED, {answer.obstacle}\n", flush=True)
+        return
     print(f"{question.name} ({nbytes / GB:.3f} GB): {question.asks}")
     print(format_table(list(answer.rows.values())))
     for verdict in answer.verdicts:
@@ -108,7 +113,11 @@ def as_json(question: Question, answer: Answer, common: dict[str, Any]) -> list[
         {**common, "question": question.name, "model": question.model, **row.as_dict()} for row in answer.rows.values()
     ]
     last = {**common, "question": question.name, "verdicts": [verdict.as_dict() for verdict in answer.verdicts]}
-    return [*rows, last | ({"failures": dict(answer.failures)} if answer.failures else {})]
+    if answer.failures:
+        last["failures"] = dict(answer.failures)
+    if answer.obstacle:
+        last["obstacle"] = answer.obstacle
+    return [*rows, last]
 
 
 def say(line: str) -> None:

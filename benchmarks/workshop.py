@@ -5,7 +5,9 @@ Never measures: that is the subprocess's, see cases.py. All it makes lies below 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import math
 import os
 import shutil
 import sys
@@ -14,34 +16,29 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import measuring
+from checkpoints import Checkpoints
 from children import Child
+from compiling import compile_program
 from hub import Hub, HubFile
-from models import (
-    LLAMA_1B_CONFIG,
-    llama_shapes,
-    minilm_folder,
-    tensor_nbytes,
-    write_llama_1b,
-    write_many_small,
-    write_safetensors,
-    write_sharded,
-)
 from servers import Bucket, Proxy, S3Server
+from web import SOURCES, Web
 
 CASES = Path(__file__).with_name("cases.py")
 RUN_TIMEOUT_S = 600.0
 SIGNED_FOR_S = 6 * 3600
 HIDDEN_PREFIXES = ("AWS_", "WEIGHTCACHE_", "HF_", "RUNAI_")
-N_HERD = 8
-SINGLE_N_TENSORS = {False: 120, True: 8}  # of 16 MiB; by `quick`
+FAULTS_SHARE = 0.01  # of requests for weights
+FAILING_WORDS = ("503", "reset", "short")  # see tests/proxy.py
+RANGE_NBYTES = 16 << 20  # of weightcache's requests
 BACKED_SHARE = 1.25  # of a model's bytes: free memory made sure of before the clock, see measuring.back_memory,
 BACKED_NBYTES = 256 << 20  # and this beside
-PROCESS_NBYTES = 400 << 20  # a process with torch and the S3 client, generously
 GB = 10**9
 
 Result = dict[str, Any]
@@ -55,7 +52,8 @@ class Case:
         name: In the table.
         loader: The function of cases.py.
         source: What it loads from: `folder` (this disk), `tier` (a filled cache folder, the bucket behind it), `origin`
-            (the bucket, an empty cache folder), `proxy` (as origin, through the counting proxy).
+            (the bucket, an empty cache folder), `proxy` (as origin, through the counting proxy), `faults` (as proxy, but
+            FAULTS_SHARE of the requests fail or stall), or one of web.SOURCES (an nginx).
         page_cache: State of the files it reads from this disk: `cold`, `warm`, or empty where it reads none.
         needs: The module, or the `program` behind a colon, an optional peer needs.
         options: For the loader, as its part of the job.
@@ -89,13 +87,15 @@ class Workshop:
 
     def __init__(self, work: Path, *, quick: bool) -> None:
         self._held = ExitStack()
-        self._quick = quick
         self._seen: dict[str, str] = {}  # fingerprint of each model
+        self._webs: dict[str, Web] = {}
+        self._n_faulty_runs = 0
         hide_settings()
         try:
             self.folder = work / f"weightcache-bench-{os.getpid()}"
             self.folder.mkdir()
             self._held.callback(shutil.rmtree, self.folder, ignore_errors=True)
+            self._models = Checkpoints(self.folder / "models", quick=quick)
         except BaseException:
             self.close()
             raise
@@ -127,33 +127,18 @@ class Workshop:
     def _hub(self) -> Hub:
         return self._held.enter_context(Hub({}))
 
+    def _web(self, source: str) -> Web:
+        """Return the nginx of a source, over the folder of all models, started if need be."""
+        if source not in self._webs:
+            web = Web(SOURCES[source], self.folder / "models", self.folder / "web" / source)
+            self._webs[source] = self._held.enter_context(web)
+        return self._webs[source]
+
     # -- models
 
     def model(self, name: str) -> Path:
-        """Return the folder of a model, written if need be: llama, herd, small, minilm or single."""
-        folder = self.folder / "models" / name
-        if folder.exists():
-            return folder
-        if name == "minilm":
-            shutil.copytree(minilm_folder(), folder)
-        elif name == "small":
-            write_many_small(folder)
-        elif name == "single":
-            folder.mkdir(parents=True)
-            n_tensors = SINGLE_N_TENSORS[self._quick]
-            shapes = {f"layers.{number:03}.weight": ("BF16", (4096, 2048)) for number in range(n_tensors)}
-            write_safetensors(folder / "model.safetensors", shapes)
-        elif name == "llama" and not self._quick:
-            write_llama_1b(folder)
-        else:
-            n_layers = 1 if self._quick else self._herd_layers()
-            vocabulary = 32_000 if self._quick else LLAMA_1B_CONFIG["vocab_size"]
-            config = LLAMA_1B_CONFIG | {"num_hidden_layers": n_layers, "vocab_size": vocabulary}
-            write_sharded(folder, llama_shapes(config), n_shards=2)
-        for path in measuring.files_below(folder):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        return folder
+        """Return the folder of a model, see checkpoints.py."""
+        return self._models.folder_of(name)
 
     def weights(self, name: str) -> list[Path]:
         """Return a model's weight files."""
@@ -162,15 +147,6 @@ class Workshop:
     def nbytes(self, name: str) -> int:
         """Return the size of a model's weight files."""
         return sum(path.stat().st_size for path in self.weights(name))
-
-    def _herd_layers(self) -> int:
-        """Return of how many layers a Llama may be so that N_HERD processes can hold one each in this memory."""
-        room = measuring.available_memory_nbytes() * 3 // 4 // N_HERD - PROCESS_NBYTES
-        for n_layers in range(LLAMA_1B_CONFIG["num_hidden_layers"], 1, -1):
-            shapes = llama_shapes(LLAMA_1B_CONFIG | {"num_hidden_layers": n_layers})
-            if sum(tensor_nbytes(*shape) for shape in shapes.values()) <= room:
-                break
-        return n_layers
 
     # -- the bucket and the caches
 
@@ -186,6 +162,21 @@ class Workshop:
                 self._hub.files[f"bench/{name}/{path.name}"] = file
             os.sync()
         return uri
+
+    def tensorized(self, name: str) -> str:
+        """Return where a model lies in the bucket as tensorizer writes it, serialised and uploaded if need be."""
+        key = f"tensorized/{name}.tensors"
+        if not self._bucket.keys(key):
+            from safetensors.torch import load_file
+            from tensorizer import TensorSerializer
+
+            with TemporaryDirectory(dir=self.folder) as folder:
+                serializer = TensorSerializer(f"{folder}/{name}.tensors")
+                for path in self.weights(name):
+                    serializer.write_state_dict(load_file(path))
+                serializer.close()
+                self._bucket.upload(Path(folder), "tensorized")
+        return f"{self._bucket.url}/{key}"
 
     def filled_cache(self, name: str) -> Path:
         """Return a cache folder whose disk tier holds a model, loaded into it if need be."""
@@ -225,28 +216,53 @@ class Workshop:
             job = self._job(case, name, cache or scratch / "cache", scratch)
             if n == 1:
                 job["back_nbytes"] = int(BACKED_SHARE * self.nbytes(name)) + BACKED_NBYTES
-            if case.source in ("origin", "proxy"):
+            is_proxied = case.source in ("proxy", "faults")
+            busy_s, told = None, {}
+            if case.source == "origin" or is_proxied:
                 served = measuring.make_warm(list((self.folder / "server").rglob("*.dat")))
+                busy_s = functools.partial(measuring.cpu_s, self._server.pid)
+            elif case.source in SOURCES:
+                served = measuring.make_warm(self.weights(name))
+                busy_s = self._web(case.source).cpu_s
+                told = self._web(case.source).describe()
+            if busy_s is not None:
                 os.sync()  # what an earlier run wrote must not be written back in this one's time
             children = [running.enter_context(self._child()) for _ in range(n)]
             for child in children:
                 child.tell(job)
             for child in children:
                 hear(child)
+            server_began_s = busy_s() if busy_s is not None else 0.0
+            carried_before = self.proxy.body_bytes() if is_proxied else 0
+            if case.source == "faults":
+                self._script_faults(name)
             for child in children:
                 child.tell()
-            is_served = case.source in ("origin", "proxy")
-            busy_s = measuring.cpu_s(self._server.pid) if is_served else 0.0
             results = [hear(child) for child in children]
-            busy_s = measuring.cpu_s(self._server.pid) - busy_s if is_served else 0.0
+            server_cpu_s = busy_s() - server_began_s if busy_s is not None else 0.0
+            carried = self.proxy.body_bytes() - carried_before if is_proxied else 0
         for result in results:
             self._check(name, result)
-            if is_served:
-                result["page_cache"] = f"cache folder empty; server's files {served}"
-                result["facts"]["server_cpu_s"] = busy_s
+            if busy_s is not None:
+                emptiness = "" if case.source in SOURCES else "cache folder empty; "
+                result["page_cache"] = f"{emptiness}server's files {served}"
+                result["facts"] |= {"server_cpu_s": server_cpu_s, **told}
+                if is_proxied:
+                    result["facts"]["proxy_bytes"] = carried
             elif case.source == "tier" and not case.page_cache:
                 result["page_cache"] = "cache folder filled, its pages as they were"
         return results
+
+    def _script_faults(self, name: str) -> None:
+        """Let FAULTS_SHARE of a run's requests for weights fail or stall, every other one each, others in each run."""
+        n_requests = -(-self.nbytes(name) // RANGE_NBYTES)
+        random = Random(self._n_faulty_runs)
+        words = ["ok"] * n_requests
+        chosen = random.sample(range(n_requests), math.ceil(n_requests * FAULTS_SHARE))
+        for number, at in enumerate(chosen):
+            words[at] = random.choice(FAILING_WORDS) if number % 2 else "stall"
+        self._n_faulty_runs += 1
+        self.proxy.script(r"^GET .*\.safetensors", " ".join(words))
 
     def _check(self, name: str, result: Result) -> None:
         """Raise RuntimeError unless what was loaded is what the other loaders of this model delivered."""
@@ -279,8 +295,9 @@ class Workshop:
             "names": names,
             "uri": str(self.model(name)),
             "storage_options": {},
+            "certificate": "",
             "options": case.options,
-            "stores": case.source in ("origin", "proxy"),
+            "stores": case.source in ("origin", "proxy", "faults"),
             "environment": {
                 "WEIGHTCACHE_DIR": str(cache),
                 "AWS_CONFIG_FILE": os.devnull,
@@ -290,7 +307,22 @@ class Workshop:
         }
         if case.source == "folder":
             return job | {"reads": str(self.model(name)) if case.page_cache else ""}
+        sizes = {path.name: path.stat().st_size for path in weights}
+        if case.loader == "c_client":
+            job |= {"client": str(compile_program("client", self.folder, is_shared=True))}
+        if case.source in SOURCES:
+            web = self._web(case.source)
+            return job | {
+                "uri": f"{web.endpoint}/{name}",
+                "endpoint": web.endpoint,
+                "bucket": name,  # as an S3 client would have it
+                "urls": {each: f"{web.endpoint}/{name}/{each}" for each in names},
+                "sizes": sizes,
+                "certificate": web.authority,
+                "storage_options": {"verify": web.authority} if web.authority else {},
+            }
         uri = self.uri(name)
+        endpoint = self.proxy.endpoint if case.source in ("proxy", "faults") else None
         job |= {
             "reads": str(cache) if case.page_cache else "",
             "uri": uri,
@@ -298,9 +330,9 @@ class Workshop:
             "bucket": self._bucket.name,
             "prefix": name,
             "repository": f"bench/{name}",
-            "sizes": {path.name: path.stat().st_size for path in weights},
-            "signed_urls": {each: self._signed(f"{name}/{each}") for each in names},
-            "storage_options": self._server.storage_options(self.proxy.endpoint if case.source == "proxy" else None),
+            "sizes": sizes,
+            "urls": {each: self._signed(f"{name}/{each}") for each in names},
+            "storage_options": self._server.storage_options(endpoint),
             "target": str(scratch),
         }
         job["environment"] |= {
@@ -310,6 +342,8 @@ class Workshop:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
+        if case.loader == "tensorizer":
+            job["tensorized"] = self.tensorized(name)
         if case.loader == "runai_streamer":  # it takes no options; the others must not see these
             job["environment"] |= {
                 "AWS_ACCESS_KEY_ID": self._server.key,
