@@ -13,7 +13,7 @@ import torch
 from reference import tensors_of
 from servers import Bucket, Proxy
 
-WEIGHTS = r"\.safetensors$"
+WEIGHTS = r"\.safetensors(\?|$)"  # a signed address has a query
 
 
 @dataclass

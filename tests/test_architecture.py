@@ -20,7 +20,8 @@ PACKAGE = "weightcache"
 # From the ground up: an import goes to a strictly lower row. Above the rows stand the doors, the package root, whose
 # name here is ""; above it the faces, which import nothing else of the package.
 LAYERS = (
-    ("words", "errors _version origins tiers"),
+    ("words", "errors _version origins tiers meters ledger"),
+    ("prices", "prices"),
     ("values", "digest config dtypes report uri origins.base"),
     ("contracts", "header tiers.base"),
     ("manifest", "manifest"),
@@ -29,7 +30,10 @@ LAYERS = (
     ("engine", "_engine"),
     ("machine", "behind files machine operations runtime"),
     ("locks", "locks"),
-    ("edges", "origins.local origins.generic origins.s3 origins.resilient tensors"),
+    ("answers", "origins.answers origins.listing origins.pace origins.clock"),
+    ("connections", "origins.connection"),
+    ("data plane", "origins.plane"),
+    ("edges", "origins.local origins.generic origins.s3 origins.web origins.resilient tensors spending"),
     ("parts of tiers", "tiers.host tiers.catalogue tiers.records"),
     ("tiers", "tiers.disk tiers.device"),
     ("motion", "checkpoint transfer"),
@@ -43,7 +47,7 @@ LAYERS = (
 LAYER = {name: number for number, (_, names) in enumerate(LAYERS) for name in names.split()} | {"": len(LAYERS)}
 FACES = ("cli", "loaders", "__main__")
 
-PURE = ("chunking", "layout", "planning", "tiers.eviction")
+PURE = ("chunking", "layout", "ledger", "planning", "prices", "tiers.eviction")
 IMPURE = frozenset(("os", "time", "random", "socket", "asyncio", "threading", "torch", "fsspec", "weightcache._engine"))
 ENVIRONMENT = frozenset(("environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"))
 RUNS_CODE = frozenset(("pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy", "imp"))

@@ -10,6 +10,7 @@ torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from weightcache import errors
@@ -24,17 +25,21 @@ if TYPE_CHECKING:
     from weightcache.cache import PlannedLoad
     from weightcache.diagnosis import Finding
     from weightcache.report import Report
+    from weightcache.session import Request
+    from weightcache.spending import Cost
     from weightcache.tensors import LoadedModel
     from weightcache.upkeep import CachedModel, Verification
 
 __all__ = [
     "WeightcacheError",
     "__version__",
+    "cost",
     "doctor",
     "errors",
     "evict",
     "load_into",
     "load_model",
+    "metrics",
     "models",
     "pin",
     "plan",
@@ -99,6 +104,7 @@ def stream(
     *,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    order: Sequence[str] = (),
     cache: str = "auto",
     offline: bool | None = None,
     storage_options: Mapping[str, Any] | None = None,
@@ -111,11 +117,15 @@ def stream(
     beside the tensors that the caller keeps. A yielded tensor stays valid as long as it is held, and keeps its group's
     memory. Arguments and errors are those of `load_model`; an error may come after some tensors were yielded. Leaving
     the loop early stops the transfer.
+
+    Args:
+        order: Names of the tensors whose groups come first, in this order, as an earlier run used them; the others follow
+            as they lie in their files.
     """
     from weightcache import cache as conductor
 
     request = _request(uri, include, exclude, cache, offline, storage_options, timeout_s, progress)
-    return conductor.stream(request, device)
+    return conductor.stream(replace(request, order=tuple(order)), device)
 
 
 def load_into(
@@ -255,6 +265,29 @@ def unpin(uri: str | os.PathLike[str]) -> None:
     upkeep.pin(str(uri), pinned=False)
 
 
+def cost(since: str | None = None, by: str = "replica") -> list[Cost]:
+    """Sum up what this node's loads asked of origins, and what that cost.
+
+    A load is counted when what it writes to the cache folder is written (`model.wait_stored()`); those that used none, or
+    dialled nothing, are not. It is priced when it is made: by the list to the internet, first tier, free shares not
+    deducted, unless the configuration has other prices.
+
+    Args:
+        since: An age (`7d`, `12h`, `2w`), or the month or day (UTC) to begin with; all that is known otherwise.
+        by: "replica" or "model", the dearest first; or "month".
+    """
+    from weightcache import spending
+
+    return spending.cost(since, by)
+
+
+def metrics() -> str:
+    """Return the counters of this process in Prometheus's text format."""
+    from weightcache import meters
+
+    return meters.text()
+
+
 def doctor() -> list[Finding]:
     """Look at what on this machine decides how fast and how safe loading is; each finding with advice."""
     from weightcache import diagnosis
@@ -271,7 +304,7 @@ def _request(
     storage_options: Mapping[str, Any] | None,
     timeout_s: float | None,
     progress: Progress | None,
-) -> Any:
+) -> Request:
     from weightcache.session import Request
 
     return Request(

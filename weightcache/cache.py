@@ -105,7 +105,14 @@ def _again_if_changed(request: Request, attempt: Callable[[Report], T]) -> T:
     except OriginChangedError as exc:
         fall_back(report, f"the model changed while it was loaded, starting again once: {exc}")
     # Not within the except block, whose traceback holds what the first attempt had loaded.
-    return attempt(Report(uri=request.uri, warnings=report.warnings))
+    spent = Report(
+        uri=request.uri,
+        warnings=report.warnings,
+        n_requests=report.n_requests,
+        n_retries=report.n_retries,
+        replicas=report.replicas,
+    )
+    return attempt(spent)
 
 
 def _load(request: Request, device: str | torch.device, dtype: str | torch.dtype | None, report: Report) -> LoadedModel:
@@ -238,7 +245,7 @@ def load_into(request: Request, module: torch.nn.Module, *, strict: bool) -> Rep
 def _load_into(request: Request, module: torch.nn.Module, report: Report, *, strict: bool) -> Report:
     from weightcache.tensors import check_fit, devices_of, fill_module, torch_form
 
-    with _described(request) as session:
+    with _described(request, report) as session:
         wanted, revision = wanted_names(request), session.manifest.revision
         shapes = {name: torch_form(entry)[1] for name, _, entry in session.manifest.tensors() if wanted(name)}
     names = check_fit(module, shapes, strict=strict)
@@ -260,9 +267,9 @@ def _load_into(request: Request, module: torch.nn.Module, report: Report, *, str
 
 
 @contextlib.contextmanager
-def _described(request: Request) -> Iterator[Session]:
+def _described(request: Request, report: Report) -> Iterator[Session]:
     """Describe a model for the length of the block; its origin is closed."""
-    session = open_session(request, Report(uri=request.uri))
+    session = open_session(request, report)
 
     async def bring() -> None:
         try:
@@ -280,7 +287,7 @@ def _described(request: Request) -> Iterator[Session]:
 
 def plan(request: Request) -> PlannedLoad:
     """Decide what a load would do; see `weightcache.plan`."""
-    with _described(request) as session:
+    with _described(request, Report(uri=request.uri)) as session:
         wanted = find_wanted(session)
         manifest = session.manifest
         held = session.threads.run(hold_image(session, wanted))
@@ -356,7 +363,7 @@ def _prefetch_to_host(request: Request, report: Report) -> Report:
                 with host_tier.room(image_bytes(layout), budget):
                     memory = allocate_shared(image_bytes(layout), "weightcache")
                     arrival = Arrival(session, Image(layout, sizes, memory), keys, counter_of(session, keys))
-                    await move(session, transfer_of(session, arrival, is_kept=True), plan)
+                    await move(session, transfer_of(session, arrival, is_kept=True, is_background=True), plan)
                     held = HeldImage(str(session.name), str(session.manifest.revision), layout, memory)
                     host_tier.keep(session.key, held)
             report.choices["memory"] = held.pages()
@@ -416,7 +423,8 @@ def _through(
                 counter = Counter(session.request.progress, decided.disk_nbytes + decided.origin_nbytes)
             with report.stage("move"):
                 passing = Passing(session, keys, on_chunk, counter)
-                await move(session, transfer_of(session, passing, wait_for_disk=True), decided)
+                transfer = transfer_of(session, passing, wait_for_disk=True, is_background=keep_only)
+                await move(session, transfer, decided)
         finally:
             account(session)
             await session.close_origin()

@@ -5,7 +5,6 @@ Never reads a weight byte and never runs what a file holds: pickled weights are 
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from weightcache.errors import FormatError, IncompleteModelError, ModelNotFoundE
 from weightcache.header import LENGTH_NBYTES, header_stop, parse_header
 from weightcache.manifest import Manifest, Role, Shard, check_paths
 from weightcache.origins.base import Origin, Stat
+from weightcache.runtime import all_of
 
 SAFETENSORS = ".safetensors"
 INDEX = ".safetensors.index.json"
@@ -87,9 +87,7 @@ async def describe(origin: Origin, memory: ShardMemory) -> Manifest:
     check_paths(stats)
     parts = [await _read_index(origin, stats, part) for part in _find_parts(origin.uri, stats)]
     prefixes = {path: part.prefix for part in parts for path in part.shards}
-    described = await asyncio.gather(
-        *(_describe_shard(origin, memory, stats[path], prefix) for path, prefix in prefixes.items())
-    )
+    described = await all_of(_describe_shard(origin, memory, stats[path], prefix) for path, prefix in prefixes.items())
     shards = {shard.path: shard for shard in described}
     for part in parts:
         _check_index(part, shards)

@@ -11,14 +11,17 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from weightcache.errors import ConfigError, nearest
+from weightcache.prices import KEYS, PROVIDERS, Overrides, is_host
 
 MIB = 1 << 20
 ENVIRONMENT_PREFIX = "WEIGHTCACHE_"
+FILE_ONLY = frozenset({"max_bytes_per_s", "redirect_hosts"})
+PRICES = "prices"
 _UNITS = {
     "": 1,
     "k": 10**3,
@@ -36,33 +39,43 @@ _UNITS = {
 class Settings:
     """Everything that can be set. Names of TOML keys and, in capitals after WEIGHTCACHE_, of the environment.
 
+    Tables stand in the TOML file alone.
+
     Attributes:
         dir: The cache folder, on a local file system.
         offline: Never dial; what is not on this node is an OfflineError.
         disk_budget_bytes: Most bytes the disk tier may occupy; 0 means 80 % of what its file system has free or
             the cache already holds.
-        connections: Ranges asked of an origin at the same time (16 saturate a loopback server).
+        connections: Most ranges asked of an origin at the same time. A load begins with 16 and takes more while that
+            brings more bytes a second.
+        max_bytes_per_s: Most bytes a second that this process takes from origins; 0 means no limit. In the file only.
+        redirect_hosts: Hosts that an origin may redirect to, beside itself; they get no credentials. In the file only.
         range_bytes: Largest range of one request; 8 to 16 MiB is where object stores are efficient.
         threads: Threads that read and verify; 0 means the processors this process may use, between 2 and 8.
         attempts: Most tries of one request.
-        request_timeout_s: Longest silence on a connection before its request counts as failed.
+        request_timeout_s: Longest silence on a connection before its request counts as failed; less than 1 KiB/s is
+            silence.
         timeout_s: Longest time a whole load may take; 0 means no limit.
         host_budget_bytes: Most bytes of images that this process keeps in host memory; 0 means half of what is
             available. Freed memory kept for the next load is at most an eighth of that, and no more than this.
         libcuda: The driver to open; another one is for tests.
+        prices: A table for each provider or host whose prices are not those of `weightcache.prices`.
     """
 
     dir: Path
     offline: bool = False
     disk_budget_bytes: int = 0
-    connections: int = 16
+    connections: int = 64
+    max_bytes_per_s: int = 0
+    redirect_hosts: tuple[str, ...] = ()
     range_bytes: int = 16 * MIB
     threads: int = 0
     attempts: int = 3
-    request_timeout_s: float = 30.0
+    request_timeout_s: float = 15.0
     timeout_s: float = 0.0
     host_budget_bytes: int = 0
     libcuda: str = "libcuda.so.1"
+    prices: Overrides = field(default_factory=dict)
 
 
 def read_settings(environment: Mapping[str, str] | None = None) -> Settings:
@@ -80,7 +93,9 @@ def read_settings(environment: Mapping[str, str] | None = None) -> Settings:
     named = env.get(ENVIRONMENT_PREFIX + "CONFIG")
     path = Path(named) if named else _folder(env.get("XDG_CONFIG_HOME"), home / ".config") / "weightcache.toml"
     if named or path.is_file():
-        settings = _apply(settings, _read_toml(path), str(path), lambda name: name)
+        given = dict(_read_toml(path))
+        settings = replace(settings, prices=_read_prices(given.pop(PRICES, {}), str(path)))
+        settings = _apply(settings, given, str(path), lambda name: name, tables=[PRICES])
     overrides = {
         name.removeprefix(ENVIRONMENT_PREFIX).lower(): value
         for name, value in env.items()
@@ -104,12 +119,22 @@ def _read_toml(path: Path) -> Mapping[str, object]:
         raise ConfigError(f"the configuration {path} is not TOML: {exc}", path=str(path)) from exc
 
 
-def _apply(settings: Settings, given: Mapping[str, object], source: str, spell: Callable[[str], str]) -> Settings:
+def _apply(
+    settings: Settings,
+    given: Mapping[str, object],
+    source: str,
+    spell: Callable[[str], str],
+    tables: Sequence[str] = (),
+) -> Settings:
     known = _READERS
     values: dict[str, object] = {}
     for name, value in given.items():
+        if name in FILE_ONLY and spell(name) != name:
+            raise ConfigError(
+                f"setting {spell(name)!r} in {source}: {name} is set in the configuration file", setting=name
+            )
         if name not in known:
-            close = nearest(spell(name), [spell(each) for each in known])
+            close = nearest(spell(name), [spell(each) for each in (*known, *tables)])
             raise ConfigError(f"unknown setting {spell(name)!r} in {source}{close}", setting=name, source=source)
         try:
             values[name] = known[name](value)
@@ -118,6 +143,42 @@ def _apply(settings: Settings, given: Mapping[str, object], source: str, spell: 
                 f"setting {spell(name)!r} in {source} is {value!r}: expected {exc}", setting=name, source=source
             ) from exc
     return replace(settings, **values)  # type: ignore[arg-type]
+
+
+def _read_prices(given: object, source: str) -> Overrides:
+    """Read `[prices.<provider or host>]` tables."""
+    prices: dict[str, dict[str, float]] = {}
+    for name, table in _table(given, PRICES, source).items():
+        spelled = f"{PRICES}.{name}"
+        if name not in PROVIDERS and not is_host(name):
+            close = nearest(name, PROVIDERS)
+            raise ConfigError(
+                f"unknown provider {spelled!r} in {source}{close}: expected {', '.join(PROVIDERS)} or a host, as in "
+                '[prices."minio.example.com"]',
+                setting=spelled,
+                source=source,
+            )
+        for key, value in _table(table, spelled, source).items():
+            if key not in KEYS:
+                raise ConfigError(
+                    f"unknown setting {f'{spelled}.{key}'!r} in {source}{nearest(key, KEYS)}",
+                    setting=f"{spelled}.{key}",
+                    source=source,
+                )
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 10**6:
+                raise ConfigError(
+                    f"setting {f'{spelled}.{key}'!r} in {source} is {value!r}: expected a number of USD",
+                    setting=f"{spelled}.{key}",
+                    source=source,
+                )
+            prices.setdefault(name.lower(), {})[key] = float(value)
+    return prices
+
+
+def _table(value: object, name: str, source: str) -> Mapping[str, object]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"setting {name!r} in {source} is {value!r}: expected a table", setting=name, source=source)
+    return value
 
 
 def _read_path(value: object) -> Path:
@@ -163,6 +224,14 @@ def _read_seconds(value: object) -> float:
     return seconds
 
 
+def _read_hosts(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(
+        isinstance(each, str) and re.fullmatch(r"[\w.:-]+", each) for each in value
+    ):
+        raise ValueError("a list of host names")
+    return tuple(value)
+
+
 def _read_library(value: object) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError("the name or path of a shared library")
@@ -181,6 +250,8 @@ _READERS: Mapping[str, Callable[[object], object]] = {
     "offline": _read_flag,
     "disk_budget_bytes": read_bytes,
     "connections": _read_count(1, 512),
+    "max_bytes_per_s": read_bytes,
+    "redirect_hosts": _read_hosts,
     "range_bytes": _read_range_bytes,
     "threads": _read_count(0, 64),
     "attempts": _read_count(1, 10),

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from weightcache import meters
 from weightcache.arrival import Counter
 from weightcache.config import read_settings
 from weightcache.errors import DeadlineError, DeviceError
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from weightcache.arrival import Home
     from weightcache.tiers.device import Landing
 
+N_PASSING = 16  # ranges under way in memory that nothing else keeps, at most
 LEAST_WAITING_NBYTES = 256 << 20  # of bytes that may wait for the disk in memory that nothing else keeps
 
 
@@ -135,6 +137,7 @@ def transfer_of(
     *,
     wait_for_disk: bool = False,
     is_kept: bool = False,
+    is_background: bool = False,
 ) -> Transfer:
     """Make the transfer to a destination; `is_kept` says that it keeps what it gets for as long as the load lasts."""
     keeping = None
@@ -157,8 +160,9 @@ def transfer_of(
             landing.device.cpus if landing else b"",
             session.tally.counters,
         ),
-        connections=session.settings.connections,
+        connections=session.settings.connections if is_kept else min(session.settings.connections, N_PASSING),
         wait_for_disk=wait_for_disk,
+        is_background=is_background,
         tally=session.tally,
     )
 
@@ -181,9 +185,9 @@ async def move(session: Session, transfer: Transfer, plan: Plan) -> None:
 def account(session: Session) -> None:
     """Enter into the report what the transfers did."""
     tally, report = session.tally, session.report
-    report.bytes["origin"] += tally.origin_bytes
-    report.bytes["disk"] += tally.disk_bytes
-    report.bytes["host"] += tally.host_bytes
+    for tier, nbytes in (("origin", tally.origin_bytes), ("disk", tally.disk_bytes), ("host", tally.host_bytes)):
+        report.bytes[tier] += nbytes
+        meters.add("weightcache_load_bytes_total", nbytes, tier=tier)
     if tally.followed_bytes:
         report.choices["fetch"] = (
             f"{tally.followed_bytes} of the bytes from disk were fetched by other processes meanwhile"

@@ -96,7 +96,7 @@ def write_all(fd: int, content: bytes | memoryview) -> None:
         view = view[os.write(fd, view) :]
 
 
-def write_past_page_cache(fd: int, content: memoryview) -> None:
+def write_past_page_cache(fd: int, *pieces: memoryview) -> None:
     """Write whole 4 KiB pages from memory aligned to them, directly where the file system can. Raises OSError.
 
     Filling the page cache costs more processor time than all else in a write, and the bytes are in memory already
@@ -105,13 +105,15 @@ def write_past_page_cache(fd: int, content: memoryview) -> None:
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     try:
         fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT)
-        write_all(fd, content)
+        for piece in pieces:
+            write_all(fd, piece)
     except OSError as exc:
         if exc.errno != errno.EINVAL:
             raise
         fcntl.fcntl(fd, fcntl.F_SETFL, flags)
         os.lseek(fd, 0, os.SEEK_SET)
-        write_all(fd, content)
+        for piece in pieces:
+            write_all(fd, piece)
 
 
 def file_system_of(path: Path) -> str:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 from weightcache.dtypes import alignment_bytes
 from weightcache.errors import FormatError
@@ -103,16 +104,38 @@ def want(manifest: Manifest, wanted: Callable[[str], bool] = lambda name: True) 
     return found
 
 
-def windows(tensors: Iterable[Wanted], limit: int) -> Iterator[list[Wanted]]:
-    """Divide tensors into groups of about `limit` bytes, cut only where no chunk is in two of them."""
-    group: list[Wanted] = []
-    nbytes, last = 0, (-1, -1)
-    for tensor in tensors:
-        if nbytes >= limit and tensor.chunks and tensor.chunks[0] > last:
-            yield group
+def windows(tensors: Iterable[Wanted], limit: int, order: Sequence[str] = ()) -> Iterator[list[Wanted]]:
+    """Divide tensors into groups of about `limit` bytes, cut only where no chunk is in two of them.
+
+    Args:
+        tensors: In file order.
+        limit: Bytes after which a group ends.
+        order: Names of tensors whose groups come first, in this order. Within a group tensors are in file order.
+    """
+    rank = {name: number for number, name in enumerate(order)}
+    in_file_order = list(enumerate(_together(tensors)))
+    some_first = sorted(in_file_order, key=lambda some: min(rank.get(each.name, len(rank)) for each in some[1]))
+    group: list[tuple[int, list[Wanted]]] = []
+    nbytes = 0
+    for some in some_first:
+        if group and nbytes >= limit:
+            yield [tensor for _, each in sorted(group, key=itemgetter(0)) for tensor in each]
             group, nbytes = [], 0
+        group.append(some)
+        nbytes += sum(tensor.entry.nbytes for tensor in some[1])
+    if group:
+        yield [tensor for _, each in sorted(group, key=itemgetter(0)) for tensor in each]
+
+
+def _together(tensors: Iterable[Wanted]) -> Iterator[list[Wanted]]:
+    """Divide tensors in file order into the smallest groups that share no chunk."""
+    group: list[Wanted] = []
+    last = (-1, -1)
+    for tensor in tensors:
+        if group and tensor.chunks and tensor.chunks[0] > last:
+            yield group
+            group = []
         group.append(tensor)
-        nbytes += tensor.entry.nbytes
         last = max((last, *tensor.chunks))
     if group:
         yield group

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from weightcache.digest import Digest
 from weightcache.layout import ChunkKey
-from weightcache.manifest import Manifest
+from weightcache.manifest import Manifest, Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The ordered moves that satisfy a load: all copies, reads and fetches, each in file order."""
+    """The ordered moves that satisfy a load: all copies, reads and fetches, each in file order, small files first."""
 
     copies: tuple[Copy, ...]
     reads: tuple[Read, ...]
@@ -84,7 +84,8 @@ def make_plan(
     copies: list[Copy] = []
     reads: list[Read] = []
     missing: list[ChunkKey] = []
-    for key in sorted(keys):
+    is_large = [shard.role is not Role.FILE for shard in manifest.shards]
+    for key in sorted(keys, key=lambda key: (is_large[key[0]], key)):
         chunk = manifest.shards[key[0]].chunks[key[1]]
         if key in held:
             copies.append(Copy(key, chunk.nbytes))

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from weightcache.ledger import COUNTS, Ledger
+
 
 @dataclass(slots=True)
 class Report:
@@ -28,6 +30,8 @@ class Report:
         choices: What "auto" or the circumstances decided, each with its reason.
         warnings: Every fallback that was taken.
         n_requests, n_retries: At the origin, headers and listings included.
+        replicas: What each replica was asked for that was dialled, by its place: `provider`, `n_gets`, `n_lists`,
+            `n_retries`, `n_hedges`, `received_bytes`, `wasted_bytes`, and what that cost, `usd`.
         metadata_bytes: Headers, indexes and the like, read to describe the model.
         stored_bytes: Written to the disk tier behind this load, so far.
     """
@@ -43,6 +47,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     n_requests: int = 0
     n_retries: int = 0
+    replicas: dict[str, dict[str, Any]] = field(default_factory=dict)
     metadata_bytes: int = 0
     stored_bytes: int = 0
 
@@ -56,6 +61,18 @@ class Report:
         """10^9 bytes brought per second of the whole load, imports left out."""
         spent = self.total_s - self.seconds.get("import", 0.0)
         return sum(self.bytes.values()) / 1e9 / spent if spent else 0.0
+
+    @property
+    def usd(self) -> float:
+        """What was asked of all replicas cost; `choices["price"]` says at which prices."""
+        return float(sum(facts["usd"] for facts in self.replicas.values()))
+
+    def enter(self, ledger: Ledger, provider: str, usd: float) -> None:
+        """Add what a replica was asked for, and what that cost."""
+        facts = self.replicas.setdefault(ledger.replica, {"provider": provider, **dict.fromkeys(COUNTS, 0), "usd": 0.0})
+        for name, number in ledger.counts().items():
+            facts[name] += number
+        facts["usd"] += usd
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -82,6 +99,8 @@ class Report:
             "gb_per_s": round(self.gb_per_s, 3),
             "n_requests": self.n_requests,
             "n_retries": self.n_retries,
+            "replicas": {place: {**facts, "usd": round(facts["usd"], 9)} for place, facts in self.replicas.items()},
+            "usd": round(self.usd, 9),
             "metadata_bytes": self.metadata_bytes,
             "stored_bytes": self.stored_bytes,
             "choices": dict(self.choices),

@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import traceback
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Generic, TypeVar
 
 log = logging.getLogger(__name__)
@@ -71,10 +71,12 @@ class Runtime:
         """Run a coroutine on the loop thread and wait. Ctrl-C cancels it and waits until it has cleaned up."""
         job = self.start(coroutine)
         try:
-            return job.outcome.result()
+            return job.result()
         except BaseException:
             job.cancel()
             raise
+        finally:
+            del job  # which holds the error, which holds this frame
 
     def close(self) -> None:
         """End all threads; writes that wait are finished first."""
@@ -86,33 +88,56 @@ class Runtime:
 
 
 class Job(Generic[T]):
-    """A coroutine under way on the loop thread; `outcome` is its result."""
+    """A coroutine under way on the loop thread."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> None:
-        self.outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self._ended: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._given: list[T] = []
         self._loop = loop
         self._coroutine = coroutine
-        self._task: asyncio.Task[T] | None = None
+        self._task: asyncio.Task[None] | None = None
         loop.call_soon_threadsafe(self._start)
+
+    def result(self) -> T:
+        """Wait until it has ended, and return what it returned, or raise what it raised. Once."""
+        self._ended.result()
+        return self._given.pop()
 
     def cancel(self) -> None:
         """Stop it, and wait until it has cleaned up. Does nothing when it is done."""
-        if not self.outcome.done():
+        if not self._ended.done():
             self._loop.call_soon_threadsafe(lambda: self._task and self._task.cancel())
-            concurrent.futures.wait([self.outcome], timeout=EXIT_PATIENCE_S)
+            concurrent.futures.wait([self._ended], timeout=EXIT_PATIENCE_S)
 
     def _start(self) -> None:
-        self._task = self._loop.create_task(self._coroutine)
+        self._task = self._loop.create_task(self._run())
         self._task.add_done_callback(self._finish)
 
-    def _finish(self, task: asyncio.Task[T]) -> None:
+    async def _run(self) -> None:
+        # Not as the task's result: the loop thread holds the task a moment longer than the caller waits, and with it
+        # would hold a model that the caller has let go of.
+        self._given.append(await self._coroutine)
+
+    def _finish(self, task: asyncio.Task[None]) -> None:
+        self._coroutine.close()  # it may never have begun
         if task.cancelled():
-            self.outcome.set_exception(concurrent.futures.CancelledError())
+            self._ended.set_exception(concurrent.futures.CancelledError())
         elif (exc := task.exception()) is not None:
             _let_go(exc)
-            self.outcome.set_exception(exc)
+            self._ended.set_exception(exc)
         else:
-            self.outcome.set_result(task.result())
+            self._ended.set_result(None)
+
+
+async def all_of(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Run coroutines together and return what they returned. The first error ends all, and is raised when they have."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _let_go(exc: BaseException | None) -> None:

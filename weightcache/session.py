@@ -18,6 +18,7 @@ from typing import Any
 
 import fsspec
 
+from weightcache import spending
 from weightcache.behind import Behind
 from weightcache.checkpoint import describe
 from weightcache.config import Settings, read_settings
@@ -25,11 +26,15 @@ from weightcache.digest import Digest
 from weightcache.errors import CapacityError, ConfigError, OfflineError, OriginUnreachableError, nearest
 from weightcache.files import file_system_of, is_network
 from weightcache.layout import ChunkKey, Wanted, want
+from weightcache.ledger import Ledger, place_of
 from weightcache.locks import Flight
 from weightcache.manifest import Manifest, Shard
 from weightcache.origins.base import Origin, Stat
 from weightcache.origins.local import LocalOrigin
+from weightcache.origins.pace import throttle
+from weightcache.origins.plane import Wiring
 from weightcache.origins.resilient import Resilient
+from weightcache.origins.web import WebOrigin
 from weightcache.planning import Plan, make_plan
 from weightcache.report import Report
 from weightcache.runtime import Runtime, runtime
@@ -44,6 +49,8 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 Patterns = str | Sequence[str] | None
 CACHE_MODES = ("auto", "disk", "none")
+WEB = ("http", "https")
+N_THREADS = 16  # of an fsspec file system, which blocks one for each call
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +64,7 @@ class Request:
     include: Patterns = None
     exclude: Patterns = None
     names: frozenset[str] | None = None
+    order: Sequence[str] = ()
     timeout_s: float | None = None
     progress: Progress | None = None
 
@@ -113,11 +121,24 @@ class Session:
         return model_key(str(self.name), self.endpoint)
 
     async def close_origin(self) -> None:
-        if self.origin is not None:
-            self.report.n_requests += self.origin.ledger.n_requests
-            self.report.n_retries += self.origin.ledger.n_retries
-            await self.origin.close()
-            self.origin = None
+        origin, self.origin = self.origin, None
+        if origin is not None:
+            try:
+                await origin.close()
+            finally:
+                self._enter([origin.ledger])
+
+    def _enter(self, ledgers: Sequence[Ledger]) -> None:
+        """Enter what the origin was asked for into the report, the metrics and, behind, the cache folder's ledger."""
+        self.report.n_requests += sum(ledger.n_requests for ledger in ledgers)
+        self.report.n_retries += sum(ledger.n_retries for ledger in ledgers)
+        if self.local is not None:
+            return  # nothing was dialled
+        saved_bytes = self.tally.disk_bytes + self.tally.host_bytes
+        entries = spending.bill(str(self.name), ledgers, saved_bytes, self.settings.prices, time.time())
+        spending.enter(entries, self.report)
+        if entries and self.disk is not None and self.behind is not None:
+            self.behind.submit(spending.append, self.disk.root, entries)
 
     def leave_disk(self, why: str) -> None:
         """Go on without the disk tier."""
@@ -205,7 +226,15 @@ def open_session(request: Request, report: Report) -> Session:
             )
         report.choices["origin"] = "none: offline was asked for"
     else:
-        session.origin = Resilient(_make_origin(session), attempts=settings.attempts, deadline=session.deadline)
+        session.origin = Resilient(
+            _make_origin(session),
+            attempts=settings.attempts,
+            deadline=session.deadline,
+            most=settings.connections,
+            hedges=name.scheme in (*WEB, "s3"),
+        )
+        if session.local is None:
+            session.origin.ledger.replica = place_of(name.root, session.endpoint)
     return session
 
 
@@ -236,13 +265,17 @@ def _make_origin(session: Session) -> Origin:
         if options:
             raise ConfigError(f"storage_options mean nothing for the local folder {name.root}: leave them out")
         return LocalOrigin(Path(name.root), session.threads.workers, name.file)
+    wiring = Wiring(settings.request_timeout_s, redirect_hosts=settings.redirect_hosts)
+    limit = throttle(settings.max_bytes_per_s)
     if name.scheme == "s3":
         from weightcache.origins.s3 import S3Origin
 
-        return S3Origin(name.root, options, settings.connections, settings.request_timeout_s, name.file)
+        return S3Origin(name.root, options, wiring, limit, name.file)
+    if name.scheme in WEB:
+        return WebOrigin(name.root, options, wiring, limit, name.file)
     from weightcache.origins.generic import FsspecOrigin
 
-    return FsspecOrigin(name.scheme, name.root, options, settings.connections, name.file)
+    return FsspecOrigin(name.scheme, name.root, options, limit, min(settings.connections, N_THREADS), name.file)
 
 
 async def describe_model(session: Session) -> None:
@@ -257,7 +290,7 @@ async def describe_model(session: Session) -> None:
                 raise
             fall_back(session.report, f"the origin cannot be reached, loading from this node: {exc}")
             session.manifest = _remembered(session)
-        session.report.metadata_bytes += session.origin.ledger.bytes_received
+        session.report.metadata_bytes += session.origin.used_bytes
     else:
         session.manifest = _remembered(session)
     shards = session.manifest.shards
@@ -335,6 +368,12 @@ def find_wanted(session: Session) -> list[Wanted]:
             f"include={session.request.include!r}, exclude={session.request.exclude!r} leave none of the {len(names)} "
             f"tensors of {session.name}{hint}"
         )
+    known = {tensor.name for tensor in wanted}
+    for name in session.request.order:
+        if name not in known:
+            raise ConfigError(
+                f"order names {name!r}, which is no tensor wanted of {session.name}{nearest(name, known)}"
+            )
     return wanted
 
 

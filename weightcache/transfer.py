@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import errno
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
@@ -18,11 +20,12 @@ from weightcache.behind import Behind
 from weightcache.digest import Digest, checksum
 from weightcache.errors import IntegrityError, OfflineError
 from weightcache.layout import ChunkKey
-from weightcache.locks import Flight
+from weightcache.locks import STALE_S, Flight
 from weightcache.manifest import Manifest
 from weightcache.operations import Counters, Crew, HostPlace, Operations, Place
-from weightcache.origins.base import Origin, Stat
+from weightcache.origins.base import Stat
 from weightcache.origins.local import FileRange, LocalOrigin
+from weightcache.origins.resilient import Resilient
 from weightcache.planning import Copy, Fetch, Plan, Read, coalesce
 from weightcache.runtime import Runtime
 from weightcache.tiers.disk import DiskTier, WantedChunk
@@ -33,7 +36,7 @@ T = TypeVar("T")
 
 IN_PLACE_NBYTES = 64 << 20  # of a file read in place, at most one operation
 POLL_S = 0.02  # how soon a follower sees that its leader is done or dead; a lock attempt costs microseconds
-PATIENCE_S = 30.0  # how long a follower waits for one chunk before it fetches it itself
+PATIENCE_S = 30.0  # how long a follower waits for one chunk before it fetches it itself, and a prefetch to go on
 
 
 class Destination(Protocol):
@@ -118,12 +121,13 @@ class Transfer:
         destination: Where chunks go.
         threads: This process's.
         crew: Who reads on this node, and the device.
-        connections: Fetches in flight.
+        connections: Most fetches in flight; the origin's own pace decides how many of them.
         wait_for_disk: Let go of a fetched chunk's memory only when it is on disk, for destinations that are not kept.
+        is_background: Nobody waits for it: it asks the origin for nothing while others of this node do.
     """
 
     manifest: Manifest
-    origin: Origin | None
+    origin: Resilient | None
     local: LocalOrigin | None
     keeping: Keeping | None
     held: HeldImage | None
@@ -133,6 +137,8 @@ class Transfer:
     connections: int
     wait_for_disk: bool = False
     tally: Tally = field(default_factory=Tally)
+    is_background: bool = False
+    _names: dict[ChunkKey, str] = field(default_factory=dict)  # in flight, of chunks whose first leader was stopped
 
     async def run(self, plan: Plan) -> None:
         """Bring every chunk of the plan to the destination. Raises the first error, when all motion has stopped."""
@@ -144,6 +150,8 @@ class Transfer:
             )
         self._dialling = asyncio.Semaphore(self.connections)
         self._following = asyncio.Semaphore(self.connections)
+        self._allowed = asyncio.Event()
+        order = asyncio.create_task(self._keep_order(bool(plan.fetches)))
         try:
             async with asyncio.TaskGroup() as group:
                 if plan.copies:
@@ -157,6 +165,9 @@ class Transfer:
                         group.create_task(self._fetch(fetch))
         except BaseExceptionGroup as failures:
             raise first_of(failures) from None
+        finally:
+            order.cancel()
+            await asyncio.wait([order])
 
     # -- from this node
 
@@ -203,7 +214,7 @@ class Transfer:
         return [steps[index] for index in missed]
 
     async def _heal(self, step: Read) -> None:
-        async with self._dialling:
+        async with self._turn():
             await self._fetch_led(coalesce(self.manifest, [step.key], 0)[0])
 
     async def _read_in_place(self, steps: Sequence[Fetch]) -> None:
@@ -241,7 +252,7 @@ class Transfer:
 
     async def _fetch(self, step: Fetch) -> None:
         """Fetch what no other process is fetching; wait for the rest to appear on disk."""
-        async with self._dialling:
+        async with self._turn():
             led = await self._on_worker(self._lead, step.keys)
             for part in coalesce(self.manifest, led, step.nbytes):
                 await self._fetch_led(part)
@@ -252,9 +263,18 @@ class Transfer:
 
     async def _follow(self, key: ChunkKey) -> None:
         assert self.keeping is not None
+        flight, name = self.keeping.flight, self._flight_name(key)
+        stamp, n_same = b"", 0
         for _ in range(int(PATIENCE_S / POLL_S)):
-            if self.keeping.flight.lead(self._flight_name(key)):
+            if self._allowed.is_set() and flight.lead(name):
+                self._names[key] = name
                 break
+            # Polls are counted, not seconds: when this process was stopped, too, its leader may be as alive as it is.
+            last, stamp = stamp, flight.stamp(name)
+            n_same = n_same + 1 if stamp == last else 0
+            if n_same * POLL_S >= STALE_S:
+                log.info("chunk %d of %s: the process that fetches it is stopped", key[1], self._path(key))
+                name, n_same = f"{name}+", 0  # the first to take this name succeeds it, the others follow
             await asyncio.sleep(POLL_S)
         digest = await self._on_worker(self._digest_on_disk, key)
         chunk = self.manifest.shards[key[0]].chunks[key[1]]
@@ -263,8 +283,45 @@ class Transfer:
             self.tally.disk_bytes += chunk.nbytes
             self.tally.followed_bytes += chunk.nbytes
         else:
-            async with self._dialling:
+            async with self._turn(is_led=True):
                 await self._fetch_led(coalesce(self.manifest, [key], 0)[0])
+
+    @asynccontextmanager
+    async def _turn(self, *, is_led: bool = False) -> AsyncIterator[None]:
+        """Hold one's turn at the origin for the length of the block.
+
+        `is_led` says that others may follow already: who waits then, waits for those who wait for him.
+        """
+        assert self.origin is not None
+        async with self._dialling:
+            if not is_led and not self._allowed.is_set():
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(PATIENCE_S):  # no wait_for: Python 3.11's may lose a cancellation
+                        await self._allowed.wait()
+            async with self.origin.slot():
+                yield
+
+    async def _keep_order(self, fetches: bool) -> None:
+        """Come first as long as this runs, or if nobody waits for this transfer, watch whether others do."""
+        if self.keeping is None or not fetches:
+            self._allowed.set()
+            return
+        try:
+            with contextlib.closing(self.keeping.disk.precedence()) as precedence:
+                if not self.is_background:
+                    self._allowed.set()
+                    while not precedence.take():
+                        await asyncio.sleep(POLL_S)
+                    await asyncio.Event().wait()  # until cancelled
+                while True:
+                    if precedence.is_given():
+                        self._allowed.set()
+                    else:
+                        self._allowed.clear()
+                    await asyncio.sleep(POLL_S)
+        except OSError as exc:
+            log.warning("prefetches do not wait for loads: %s", exc)
+            self._allowed.set()
 
     async def _fetch_led(self, step: Fetch) -> None:
         assert self.origin is not None
@@ -282,6 +339,7 @@ class Transfer:
                 log.warning(
                     "bytes [%d, %d) of %s came wrong and are fetched once more", chunk.start, chunk.stop, shard.path
                 )
+                self.origin.discard(chunk.nbytes)
                 await self.origin.read_into(stat, chunk.start, [view])
                 self.tally.origin_bytes += chunk.nbytes
                 write = await self._on_worker(self._accept, key, view)
@@ -377,8 +435,13 @@ class Transfer:
                 self.tally.disk_failure,
             )
 
+    def _path(self, key: ChunkKey) -> str:
+        return self.manifest.shards[key[0]].path
+
     def _flight_name(self, key: ChunkKey) -> str:
         assert self.keeping is not None
+        if key in self._names:
+            return self._names[key]
         digest = self.manifest.shards[key[0]].chunks[key[1]].digest
         return digest.hex if digest else f"{self.keeping.shard_keys[key[0]]}:{key[1]}"
 

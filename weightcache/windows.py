@@ -51,7 +51,7 @@ class Windows:
         """Wait until the model is described, and return its tensors."""
         self._described.wait()
         if not self._is_described:
-            self._job.outcome.result()  # raises
+            self._job.result()  # raises
         return self.wanted
 
     def __iter__(self) -> Iterator[tuple[Wanted, torch.Tensor]]:
@@ -79,7 +79,7 @@ class Windows:
             yield by_name[placed.name], given.pop()
             if is_last:
                 self._session.threads.loop.call_soon_threadsafe(self._gate.release)
-        self._job.outcome.result()
+        self._job.result()
 
     def close(self) -> None:
         """Stop what is under way."""
@@ -101,7 +101,7 @@ class Windows:
                 self._described.set()
             with report.stage("move"):
                 async with asyncio.TaskGroup() as group:
-                    for number, window in enumerate(windows(self.wanted, WINDOW_NBYTES)):
+                    for number, window in enumerate(windows(self.wanted, WINDOW_NBYTES, session.request.order)):
                         await self._gate.acquire()
                         group.create_task(self._bring_window(window, [] if number else file_keys, counter))
                     if not self.wanted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gc
 import os
@@ -348,6 +349,28 @@ def test_g13_a_chunk_that_is_taken_from_under_its_writer_is_counted_right(
         digest = put(tier, content)
     assert tier.look([digest]) == ({digest} if when == "before it is entered" else set())
     assert tier.used_bytes() == occupied_bytes(tier.root)
+    assert read(tier, put(tier, content), 50_000) == content
+    assert tier.used_bytes() == occupied_bytes(tier.root)
+
+
+@pytest.mark.parametrize("step", ["the folder's sync", "its entry"])
+def test_g13_a_chunk_whose_writer_failed_once_it_had_its_name_stays_counted(
+    tier: DiskTier, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fail(*_: object) -> bool:
+        raise OSError(errno.EIO, "injected")
+
+    content = content_of(50_000)
+    put(tier, content_of(40_000))
+    with monkeypatch.context() as patch:
+        if step == "its entry":
+            patch.setattr(tier, "_enter", fail)
+        else:
+            patch.setattr("weightcache.files.sync_folder", fail)
+        with pytest.raises(OSError, match="injected"):
+            put(tier, content)
+    assert tier.used_bytes() == occupied_bytes(tier.root)
+    assert tier.look([Digest.of(content)]) == set()
     assert read(tier, put(tier, content), 50_000) == content
     assert tier.used_bytes() == occupied_bytes(tier.root)
 

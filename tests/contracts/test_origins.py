@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import os
 import secrets
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,20 +19,25 @@ import pytest
 from origin_contract import BODY, OriginContract, Place, read_unchanged, use
 from servers import DOMAIN, Bucket, HttpServer, Proxy
 
+import weightcache
 from weightcache.errors import (
     AccessDeniedError,
     ConfigError,
     ModelNotFoundError,
+    OriginUnreachableError,
     TransientOriginError,
     UnsafePathError,
 )
 from weightcache.origins.base import Origin, Stat
 from weightcache.origins.generic import FsspecOrigin
 from weightcache.origins.local import LocalOrigin
+from weightcache.origins.pace import throttle
+from weightcache.origins.plane import Wiring
 from weightcache.origins.s3 import S3Origin
+from weightcache.origins.web import WebOrigin
 
 N_CONNECTIONS = 8
-TIMEOUT_S = 20.0
+WIRING = Wiring(patience_s=20.0)
 
 
 # -- local
@@ -134,7 +141,7 @@ class MemoryPlace:
         self._fs.rm_file(f"{self.uri}/{name}")
 
     def open(self, *, missing: bool = False) -> FsspecOrigin:
-        return FsspecOrigin("memory", f"{self.uri}/missing" if missing else self.uri, {}, N_CONNECTIONS)
+        return FsspecOrigin("memory", f"{self.uri}/missing" if missing else self.uri, {}, throttle(0), N_CONNECTIONS)
 
     def clear(self) -> None:
         if self._fs.exists(self.uri):
@@ -156,12 +163,15 @@ class HttpPlace:
         self.put, self.remove = folder.put, folder.remove
         self._server = server
 
-    def open(self, *, missing: bool = False) -> FsspecOrigin:
-        uri = f"{self._server.endpoint}/missing" if missing else self._server.endpoint
-        return FsspecOrigin("http", uri, {}, N_CONNECTIONS)
+    def open(self, *, missing: bool = False) -> WebOrigin:
+        return open_web(f"{self._server.endpoint}/missing" if missing else self._server.endpoint)
 
 
-class TestFsspecOriginOverHttp(OriginContract):
+def open_web(uri: str, **options: Any) -> WebOrigin:
+    return WebOrigin(uri, options, WIRING, throttle(0))
+
+
+class TestWebOrigin(OriginContract):
     @pytest.fixture
     def place(self, folder: Folder, http_folder: Callable[[Path], HttpServer]) -> HttpPlace:
         return HttpPlace(folder, http_folder(folder.folder))
@@ -174,7 +184,7 @@ def test_g06_what_is_not_the_range_asked_for_never_becomes_data(
     folder.put("model.safetensors", BODY)
     with Proxy(http_folder(folder.folder).address) as proxy:
 
-        async def work(origin: FsspecOrigin) -> None:
+        async def work(origin: WebOrigin) -> None:
             [stat] = await origin.list()
             proxy.script("GET .*safetensors", word)
             memory = bytearray(100)
@@ -182,7 +192,7 @@ def test_g06_what_is_not_the_range_asked_for_never_becomes_data(
                 await origin.read_into(stat, 1000, [memoryview(memory)])
 
         async def run() -> None:
-            origin = FsspecOrigin("http", proxy.endpoint, {}, N_CONNECTIONS)
+            origin = open_web(proxy.endpoint)
             try:
                 await work(origin)
             finally:
@@ -198,13 +208,70 @@ def test_a_web_server_that_lists_nothing_is_asked_for_well_known_names(
     folder.put("model.safetensors", BODY)
     folder.put("unknown.json", b"{}")
     with Proxy(http_folder(folder.folder).address) as proxy:
-        proxy.script("GET /$", "404 404")
+        proxy.script("GET /$", "404")
 
         class Silent:
-            def open(self, *, missing: bool = False) -> FsspecOrigin:
-                return FsspecOrigin("http", proxy.endpoint, {}, N_CONNECTIONS)
+            def open(self, *, missing: bool = False) -> WebOrigin:
+                return open_web(proxy.endpoint)
 
         assert listed(Silent()) == ["config.json", "model.safetensors"]
+
+
+def test_a_web_folder_may_have_any_name(folder: Folder, http_folder: Callable[[Path], HttpServer]) -> None:
+    folder.put("my mödel/100%/model.safetensors", BODY)
+
+    async def run() -> dict[str, bytes]:
+        origin = open_web(f"{http_folder(folder.folder).endpoint}/my mödel")
+        try:
+            return {stat.path: await read_unchanged(origin, stat) for stat in await origin.list()}
+        finally:
+            await origin.close()
+
+    assert asyncio.run(run()) == {"100%/model.safetensors": BODY}
+
+
+def test_a_listing_that_fails_leaves_no_look_under_way(
+    folder: Folder, http_folder: Callable[[Path], HttpServer]
+) -> None:
+    for number in range(60):
+        folder.put(f"{number:03}.json", b"{}")
+    with Proxy(http_folder(folder.folder).address) as proxy:
+        proxy.script("HEAD /000", "403")
+        proxy.script("HEAD /001", "429")
+
+        async def run() -> int:
+            origin = open_web(proxy.endpoint)
+            try:
+                with pytest.raises(TransientOriginError):
+                    await origin.list()
+                return len(proxy.requests)
+            finally:
+                await origin.close()
+
+        n_asked = asyncio.run(run())
+        assert n_asked < 60
+        assert len(proxy.requests) <= n_asked + 16  # those that had left
+
+
+def test_g09_a_server_that_closes_what_it_accepts_is_an_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        stop = threading.Event()
+
+        def hang_up() -> None:
+            while not stop.is_set():
+                with contextlib.suppress(OSError):
+                    listener.accept()[0].close()
+
+        closer = threading.Thread(target=hang_up)
+        closer.start()
+        try:
+            for _ in range(5):
+                with pytest.raises(OriginUnreachableError):
+                    weightcache.plan(f"http://127.0.0.1:{listener.getsockname()[1]}/m", cache="none")
+        finally:
+            stop.set()
+            socket.create_connection(listener.getsockname()).close()
+            closer.join()
 
 
 # -- S3
@@ -228,7 +295,7 @@ class S3Place:
 
     def open_with(self, options: dict[str, Any], prefix: str = "models/name", file: str | None = None) -> S3Origin:
         uri = f"{self.bucket.url}/{prefix}" if prefix else self.bucket.url
-        return S3Origin(uri, options, N_CONNECTIONS, TIMEOUT_S, file)
+        return S3Origin(uri, options, WIRING, throttle(0), file)
 
 
 @pytest.fixture
@@ -289,7 +356,7 @@ def test_no_bucket_is_not_found(place: S3Place) -> None:
     options = place.bucket.server.storage_options()
 
     async def run() -> None:
-        origin = S3Origin("s3://no-such-bucket/name", options, N_CONNECTIONS, TIMEOUT_S)
+        origin = S3Origin("s3://no-such-bucket/name", options, WIRING, throttle(0))
         try:
             await origin.list()
         finally:
@@ -394,3 +461,19 @@ def test_virtual_addressing_can_be_demanded(place: S3Place, proxy: Proxy, monkey
     options["config_kwargs"] = {"s3": {"addressing_style": "virtual"}}
     assert names_with(place, options) == ["weights"]
     assert proxy.requests[0].path.startswith("/?list-type=2")
+
+
+def test_a_requester_who_pays_says_so_and_signs_it(place: S3Place, proxy: Proxy) -> None:
+    place.put("weights", BODY)
+    options = place.bucket.server.storage_options(proxy.endpoint) | {"requester_pays": True}
+
+    async def run() -> bytes:
+        origin = place.open_with(options)
+        try:
+            [stat] = await origin.list()
+            return await read_unchanged(origin, stat)
+        finally:
+            await origin.close()
+
+    assert asyncio.run(run()) == BODY
+    assert all("x-amz-request-payer" in request.path for request in proxy.requests)

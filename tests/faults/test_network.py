@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import models
@@ -12,11 +16,12 @@ import pytest
 from cache_folder import chunk_files
 from hosted import Hosted, host
 from reference import assert_same, tensors_of
-from servers import Bucket, Proxy
+from servers import Bucket, Proxy, S3Server
 
 import weightcache
 from weightcache.errors import (
     AccessDeniedError,
+    DeadlineError,
     IntegrityError,
     ModelNotFoundError,
     OfflineError,
@@ -29,6 +34,7 @@ from weightcache.tensors import LoadedModel
 MIB = 1 << 20
 N_TENSORS = 5
 ATTEMPTS = 3
+N_RESUMED = 2  # times that half of what is left of 1 MiB is a piece that need not be asked for again
 SHAPES: models.Shapes = {f"layer.{number}.weight": ("F32", (256, 1024)) for number in range(N_TENSORS)}
 OBJECTS = r"GET .*safetensors"
 
@@ -95,9 +101,65 @@ def test_g09_a_stalled_answer_is_asked_for_again(hosted: Hosted, monkeypatch: py
 
 def test_g09_a_stall_that_does_not_end_is_an_error(hosted: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WEIGHTCACHE_REQUEST_TIMEOUT_S", "1")
-    hosted.proxy.script(OBJECTS, "ok ok" + " stall" * ATTEMPTS)
+    hosted.proxy.script(OBJECTS, "ok ok" + " stall" * (N_RESUMED + ATTEMPTS))
     with pytest.raises(OriginUnreachableError, match="3 times"):
         load(hosted)
+
+
+@contextmanager
+def standing_still(server: S3Server) -> Iterator[None]:
+    """Stop a server's process for the length of the block: its kernel accepts, and nobody answers."""
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize(("patience_s", "is_retried"), [("15", False), ("1", True)])
+def test_g09_a_server_that_stands_still_for_a_while_costs_time_alone(
+    hosted: Hosted, monkeypatch: pytest.MonkeyPatch, patience_s: str, is_retried: bool
+) -> None:
+    monkeypatch.setenv("WEIGHTCACHE_REQUEST_TIMEOUT_S", patience_s)
+    hosted.proxy.script(OBJECTS, "ok ok hold")
+    with ThreadPoolExecutor(1) as threads:
+        loading = threads.submit(load, hosted)
+        hosted.proxy.wait_stopped()
+        with standing_still(hosted.bucket.server):
+            hosted.proxy.release()
+            with pytest.raises(TimeoutError):
+                loading.result(1.5)
+        with loading.result(60) as model:
+            assert_same(model, hosted.tensors)
+            assert bool(model.report.n_retries) is is_retried
+            assert model.report.warnings == []
+
+
+@pytest.mark.parametrize("patience_s", ["15", "0.4"])
+def test_g09_a_server_that_stays_still_is_an_error_within_the_deadline(
+    hosted: Hosted, monkeypatch: pytest.MonkeyPatch, patience_s: str
+) -> None:
+    monkeypatch.setenv("WEIGHTCACHE_REQUEST_TIMEOUT_S", patience_s)
+    hosted.proxy.script(OBJECTS, "ok ok hold")
+    error, advice = (DeadlineError, "raise timeout_s") if patience_s == "15" else (OriginUnreachableError, "try again")
+    with ThreadPoolExecutor(1) as threads:
+        loading = threads.submit(load, hosted, timeout_s=4.0)
+        hosted.proxy.wait_stopped()
+        with standing_still(hosted.bucket.server):
+            hosted.proxy.release()
+            began = time.monotonic()
+            with pytest.raises(error, match=advice) as caught:
+                loading.result(30)
+            assert time.monotonic() - began < 6.0
+    assert hosted.url in str(caught.value)
+    with load(hosted) as model:
+        assert_same(model, hosted.tensors)
+
+
+def test_g09_a_server_that_never_answers_is_an_error_within_the_deadline(hosted: Hosted) -> None:
+    options = hosted.bucket.server.storage_options()
+    with standing_still(hosted.bucket.server), pytest.raises(DeadlineError, match="raise timeout_s"):
+        weightcache.load_model(hosted.url, "cpu", storage_options=options, timeout_s=1.0)
 
 
 @pytest.mark.parametrize("word", ["503", "short", "whole"])
@@ -120,14 +182,15 @@ def test_a_connection_that_drops_before_an_answer_costs_nothing(hosted: Hosted) 
 
 @pytest.mark.parametrize("word", ["503", "short", "whole"])
 def test_g14_after_three_attempts_a_load_fails_and_the_next_goes_on_from_there(hosted: Hosted, word: str) -> None:
-    hosted.proxy.script(OBJECTS, "ok ok ok" + f" {word}" * ATTEMPTS)
+    n_resumed = N_RESUMED if word == "short" else 0
+    hosted.proxy.script(OBJECTS, "ok ok ok" + f" {word}" * (n_resumed + ATTEMPTS))
     with pytest.raises(OriginUnreachableError, match="3 times") as caught:
         load(hosted)
     assert caught.value.facts["attempts"] == ATTEMPTS
     assert hosted.url in str(caught.value)
-    asked = [request.range for request in hosted.proxy.requests if request.path.endswith("safetensors")]
-    assert len(asked) == 1 + 2 + ATTEMPTS
-    assert len(set(asked)) == 1 + 3
+    asked = [request.range for request in hosted.proxy.requests if "safetensors" in request.path]
+    assert len(asked) == 1 + 2 + n_resumed + ATTEMPTS
+    assert len(set(asked)) == 1 + 3 + n_resumed
     hosted.proxy.reset()
     with load(hosted) as model:
         assert_same(model, hosted.tensors)

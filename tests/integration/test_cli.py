@@ -22,12 +22,15 @@ import weightcache
 import weightcache.cli
 from weightcache import errors
 from weightcache.cli.load import load
-from weightcache.cli.output import Output, ago, printable, size
+from weightcache.cli.output import Output, ago, printable, size, usd
+from weightcache.ledger import Ledger
+from weightcache.prices import LISTED
+from weightcache.spending import append, bill
 
 TIMEOUT_S = 60.0
 CLI = (sys.executable, "-m", "weightcache")
 NOBODY_LISTENS = "endpoint_url=http://127.0.0.1:1"
-COMMANDS = ("completion", "doctor", "evict", "load", "ls", "pin", "plan", "prefetch", "pull", "unpin", "verify")
+COMMANDS = ("completion", "cost", "doctor", "evict", "load", "ls", "pin", "plan", "prefetch", "pull", "unpin", "verify")
 
 # What is patched for a run in a process of its own.
 WITHOUT_THE_EXTRA = "sys.modules.update(click=None, rich=None)"
@@ -254,6 +257,37 @@ def test_verify_exits_with_6_until_repaired(cached: Path, run_here: Run, tmp_pat
     assert found["unrepaired"] == []
 
 
+def test_cost_sums_up_what_loads_asked_for(answer: Answer, run_here: Run, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    for number, uri in enumerate(("s3://bucket/a", "s3://bucket/b")):
+        ledger = Ledger("s3://bucket", n_gets=1000, n_lists=number, received_bytes=10**9)
+        append(tmp_path / "cache", bill(uri, [ledger], 2 * 10**9, {}, 1_796_000_000 + number))  # 2026-11-30
+    found = answer("cost", "--since", "2026-11")
+    assert [row["name"] for row in found["rows"]] == ["s3://bucket"]
+    assert found["total"]["n_gets"] == 2000
+    assert found["total"]["usd"] == pytest.approx(2 * 0.0904 + 0.000005)
+    assert found["prices"] == [LISTED]
+    titles, first, second, total, assumed = run_here("cost", "--by", "model").stdout.splitlines()
+    assert titles.split()[:3] == ["model", "gets", "lists"]
+    assert first.startswith("s3://bucket/b  1000  1 ")
+    assert second.split()[0] == "s3://bucket/a"
+    assert total.split()[:2] == ["total", "2000"]
+    assert total.endswith("0.1808 USD  4.00 GB  0.3600 USD")
+    assert assumed == f"priced by: {LISTED}. Free shares are not deducted."
+
+
+def test_cost_of_nothing_says_so(run_here: Run, answer: Answer, tmp_path: Path) -> None:
+    assert answer("cost")["rows"] == []
+    assert run_here("cost", "--since", "7d").stdout == "no load is known that dialled since 7d\n"
+    assert not (tmp_path / "cache").exists()
+
+
+def test_cost_since_nonsense_is_a_usage_error(run_here: Run) -> None:
+    ran = run_here("cost", "--since", "yesterday")
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert "since='yesterday': expected an age such as 7d" in ran.stderr
+
+
 def test_doctor_finds_and_keeps_secrets() -> None:
     secrets = {
         "AWS_ACCESS_KEY_ID": "keyinthetest",
@@ -411,6 +445,11 @@ def test_sizes_and_ages_are_read_at_a_glance(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("time.time", lambda: 1e6)
     ages = [ago(1e6 - passed_s) for passed_s in (-5, 59, 60, 7199, 200_000)]
     assert ages == ["just now", "just now", "1 min ago", "1 h ago", "2 d ago"]
+
+
+def test_money_is_read_at_a_glance() -> None:
+    amounts = (0, 0.00001, 0.0904, 1, 1234.5)
+    assert [usd(amount) for amount in amounts] == ["0.00 USD", "< 0.0001 USD", "0.0904 USD", "1.00 USD", "1234.50 USD"]
 
 
 def test_what_cannot_be_printed_is_escaped() -> None:

@@ -33,6 +33,7 @@ from servers import Bucket, HttpServer, Proxy, S3Server
 
 import weightcache
 from weightcache import errors
+from weightcache.windows import WINDOWS_AHEAD
 
 KIB, MIB = 1 << 10, 1 << 20
 HEADER_READ = 128 * KIB  # what is read of a shard to describe it, at most, while its header is small
@@ -271,6 +272,19 @@ def test_a_shard_that_the_index_newly_names_is_picked_up(
 
 def test_stream_equals_load(folder: Path, url: str, options: Options) -> None:
     assert_same(dict(weightcache.stream(url, "cpu", storage_options=options)), tensors_of(folder))
+
+
+def test_a_stream_comes_in_the_order_that_is_wanted(
+    layers: Path, layers_url: str, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weightcache.windows.WINDOW_NBYTES", 1)
+    names = sorted(tensors_of(layers), reverse=True)
+    came = [name for name, _ in weightcache.stream(layers_url, "cpu", order=names, storage_options=options)]
+    assert sorted(came) == sorted(names)
+    late = [came.index(name) - number for number, name in enumerate(names)]
+    assert max(late) < WINDOWS_AHEAD  # those under way together overtake each other
+    with pytest.raises(errors.ConfigError, match="nowhere"):
+        next(weightcache.stream(layers_url, "cpu", order=["nowhere"], storage_options=options))
 
 
 def test_a_stream_left_early_stops_the_transfer(

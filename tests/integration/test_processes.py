@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,52 @@ def test_g10_a_killed_leader_is_succeeded(
         leader.kill()
         proxy.release()
         assert follower.hear()["fingerprint"] == expected
+
+
+def test_g10_a_stopped_leader_is_succeeded_by_one(
+    uri: str, s3: S3Server, proxy: Proxy, folder: Path, expected: str, tmp_path: Path
+) -> None:
+    with ExitStack() as stack:
+        leader, *followers = [stack.enter_context(start(uri, s3, proxy)) for _ in range(4)]
+        for child in (leader, *followers):
+            assert child.hear() == "ready"
+        proxy.script("GET .*safetensors", "ok hold hold hold hold")
+        leader.tell("load")
+        proxy.wait_stopped(4)
+        leader.signal(signal.SIGSTOP)
+        proxy.reset()
+        for child in followers:
+            child.tell("load")
+        try:
+            heard = [child.hear() for child in followers]
+            assert [one["fingerprint"] for one in heard] == [expected] * len(followers)
+            assert sum(one["bytes"]["origin"] for one in heard) <= 1.05 * file_bytes(folder)
+        finally:
+            leader.signal(signal.SIGCONT)
+        proxy.release()
+        assert leader.hear()["fingerprint"] == expected
+    assert weightcache.verify(deep=True).sound
+
+
+def test_a_prefetch_waits_while_somebody_waits_for_a_load(
+    uri: str, bucket: Bucket, s3: S3Server, proxy: Proxy, folder: Path, expected: str, tmp_path: Path
+) -> None:
+    other = bucket.upload(folder, "other")
+    with start(uri, s3, proxy) as child, ThreadPoolExecutor(1) as threads:
+        assert child.hear() == "ready"
+        proxy.script("GET .*model/model.safetensors", "ok hold hold hold hold")
+        child.tell("load")
+        proxy.wait_stopped(4)
+        prefetching = threads.submit(weightcache.prefetch, other, storage_options=s3.storage_options(proxy.endpoint))
+        wait_until(lambda: proxy.body_bytes("other/model.safetensors") > 0)  # its header is read to describe it
+        before = proxy.body_bytes("other/model.safetensors")
+        with pytest.raises(TimeoutError):
+            prefetching.result(1.0)
+        assert proxy.body_bytes("other/model.safetensors") == before
+        proxy.release()
+        assert child.hear()["fingerprint"] == expected
+        prefetching.result(30.0)
+        assert proxy.body_bytes("other/model.safetensors") >= file_bytes(folder)
 
 
 def test_g11_after_kill_9_whole_chunks_are_not_fetched_again(

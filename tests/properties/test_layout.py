@@ -129,6 +129,26 @@ def test_windows_keep_the_order_and_share_no_chunk(manifest: Manifest, limit: in
 
 
 @examples
+@given(MODELS, st.integers(1, 4 * PAGE_NBYTES), st.randoms(use_true_random=False))
+def test_windows_come_in_the_order_that_is_wanted(manifest: Manifest, limit: int, draw: random.Random) -> None:
+    tensors = want(manifest)
+    order = [tensor.name for tensor in tensors]
+    draw.shuffle(order)
+    del order[draw.randint(0, len(order)) :]
+    groups = list(windows(tensors, limit, order))
+    assert sorted(tensor.name for group in groups for tensor in group) == sorted(tensor.name for tensor in tensors)
+    owned = [{key for tensor in group for key in tensor.chunks} for group in groups]
+    assert sum(map(len, owned)) == len(set().union(*owned))
+    came = {tensor.name: number for number, group in enumerate(groups) for tensor in group}
+    first = [
+        min(order.index(tensor.name) if tensor.name in order else len(order) for tensor in group) for group in groups
+    ]
+    assert first == sorted(first)
+    if order:
+        assert came[order[0]] == 0
+
+
+@examples
 @given(models_and_choices())
 def test_arriving_bytes_lie_aligned_where_each_tensor_is_read(
     drawn: tuple[Manifest, frozenset[str]],

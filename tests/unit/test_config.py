@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from weightcache.config import MIB, Settings, read_bytes, read_settings
+from weightcache.config import FILE_ONLY, MIB, Settings, read_bytes, read_settings
 from weightcache.errors import ConfigError
 
 
@@ -72,25 +72,25 @@ def test_every_setting_is_read_from_the_environment(home: dict[str, str]) -> Non
     assert {name: getattr(settings, name) for name in values} == {name: v for name, (_, v) in values.items()}
 
 
-def test_every_setting_but_the_endpoint_can_be_set(home: dict[str, str]) -> None:
+def test_every_setting_but_tables_can_be_set_in_the_environment(home: dict[str, str]) -> None:
     for field in dataclasses.fields(Settings):
         given = {**home, f"WEIGHTCACHE_{field.name.upper()}": "1"} | {"WEIGHTCACHE_RANGE_BYTES": "1MiB"}
-        if field.name == "s3_endpoint":
-            with pytest.raises(ConfigError, match="unknown setting"):
+        if field.name in ("prices", *FILE_ONLY):
+            with pytest.raises(ConfigError, match=r"unknown setting|in the configuration file"):
                 read_settings(given)
         else:
             assert getattr(read_settings(given), field.name) != field.default
 
 
 def test_empty_environment_value_counts_as_not_set(home: dict[str, str]) -> None:
-    assert read_settings({**home, "WEIGHTCACHE_CONNECTIONS": ""}).connections == 16
+    assert read_settings({**home, "WEIGHTCACHE_CONNECTIONS": ""}).connections == 64
 
 
 def test_named_file_is_read_in_place_of_the_usual_one(home: dict[str, str], tmp_path: Path) -> None:
     write_toml(home, "connections = 5")
     (tmp_path / "mine.toml").write_text("threads = 4")
     settings = read_settings({**home, "WEIGHTCACHE_CONFIG": str(tmp_path / "mine.toml")})
-    assert (settings.connections, settings.threads) == (16, 4)
+    assert (settings.connections, settings.threads) == (64, 4)
 
 
 def test_xdg_folders_are_honoured_when_absolute(home: dict[str, str], tmp_path: Path) -> None:
@@ -170,6 +170,46 @@ def test_value_of_the_wrong_type_in_the_file_is_an_error(home: dict[str, str], l
     write_toml(home, line)
     with pytest.raises(ConfigError, match=line.partition(" ")[0]):
         read_settings(home)
+
+
+def test_prices_are_read_by_provider_and_host(home: dict[str, str]) -> None:
+    write_toml(
+        home,
+        'threads = 3\n[prices.aws]\negress_usd_per_gb = 0\n[prices."MinIO.example.com"]\n'
+        "get_usd_per_1000 = 0.5\nlist_usd_per_1000 = 1\n[prices.r2]\n",
+    )
+    settings = read_settings(home)
+    assert settings.threads == 3
+    assert settings.prices == {
+        "aws": {"egress_usd_per_gb": 0.0},
+        "minio.example.com": {"get_usd_per_1000": 0.5, "list_usd_per_1000": 1.0},
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("prices = 5", "setting 'prices' in .* is 5: expected a table"),
+        ("[prices]\naws = 0.09", "setting 'prices.aws' in .* is 0.09: expected a table"),
+        ("[prices.asw]\negress_usd_per_gb = 0", "unknown provider 'prices.asw' in .*did you mean 'aws'"),
+        ('[prices."https://host"]', "unknown provider .* or a host"),
+        ("[prices.aws]\negres_usd_per_gb = 0", r"'prices.aws.egres_usd_per_gb' in .*did you mean 'egress_usd_per_gb'"),
+        (
+            "[prices.aws]\negress_usd_per_gb = -1",
+            "'prices.aws.egress_usd_per_gb' in .* is -1: expected a number of USD",
+        ),
+        ("[prices.aws]\negress_usd_per_gb = true", "expected a number of USD"),
+        ("[prices.aws]\negress_usd_per_gb = nan", "expected a number of USD"),
+        ('[prices.aws]\negress_usd_per_gb = "0.09"', "expected a number of USD"),
+        ("[price.aws]\negress_usd_per_gb = 0", "unknown setting 'price' in .*did you mean 'prices'"),
+    ],
+)
+def test_price_that_cannot_be_honoured_is_an_error(home: dict[str, str], text: str, says: str) -> None:
+    path = write_toml(home, text)
+    with pytest.raises(ConfigError, match=says) as caught:
+        read_settings(home)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["connections 5", "a = 1\na = 2", b"\xff\xfe"])

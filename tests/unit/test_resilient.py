@@ -3,51 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import selectors
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+import random
+from collections.abc import Callable, Sequence
 
 import pytest
+from turned_clock import run
 
 from weightcache import errors
+from weightcache.ledger import Ledger
 from weightcache.origins.base import Stat
-from weightcache.origins.resilient import FIRST_PAUSE_S, LONGEST_PAUSE_S, Resilient
+from weightcache.origins.connection import ClosedIdleError
+from weightcache.origins.resilient import (
+    FIRST_PAUSE_S,
+    HEDGE_AFTER,
+    LEAST_JUDGED,
+    LONGEST_PAUSE_S,
+    LOOK_S,
+    PIECE_NBYTES,
+    RETRY_BUDGET,
+    RETRY_FLOOR_NBYTES,
+    THROTTLED_PAUSE_S,
+    Resilient,
+)
 
-T = TypeVar("T")
-CONTENT = bytes(range(256))
+CONTENT = random.Random(7).randbytes(64 << 20)
 FILE = Stat("a/file", len(CONTENT), "1")
 STALL = "stall"
-
-
-class TurnedSelector(selectors.DefaultSelector):
-    """Never waits: the time that would pass is added to a clock."""
-
-    now_s = 0.0
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        if timeout is None:
-            raise RuntimeError("nothing would ever happen")
-        self.now_s += max(timeout, 0.0)
-        return super().select(0)
-
-
-def run(coroutine: Coroutine[Any, Any, T]) -> tuple[T | BaseException, float]:
-    """Run a coroutine; return what it gave or raised, and how many seconds it took by its own clock."""
-    selector = TurnedSelector()
-
-    def make_loop() -> asyncio.AbstractEventLoop:
-        loop = asyncio.SelectorEventLoop(selector)
-        loop.time = lambda: selector.now_s  # type: ignore[method-assign]
-        return loop
-
-    async def caught() -> T | BaseException:
-        try:
-            return await coroutine
-        except errors.WeightcacheError as exc:
-            return exc
-
-    with asyncio.Runner(loop_factory=make_loop) as runner:
-        return runner.run(caught()), selector.now_s
 
 
 class MemoryOrigin:
@@ -59,6 +40,9 @@ class MemoryOrigin:
         self.script = list(script)
         self.n_asked = 0
         self.closed = False
+        self.ledger = Ledger()
+        self.asked: list[tuple[int, int]] = []
+        self.takes_s: list[float] = []
 
     async def _act(self) -> None:
         self.n_asked += 1
@@ -73,10 +57,16 @@ class MemoryOrigin:
         return [FILE]
 
     async def read_into(self, stat: Stat, start: int, views: Sequence[memoryview]) -> None:
+        self.asked.append((start, sum(len(view) for view in views)))
+        await asyncio.sleep(self.takes_s.pop(0) if self.takes_s else 0.0)
         await self._act()
         for view in views:
             view[:] = CONTENT[start : start + len(view)]
             start += len(view)
+            self.ledger.received_bytes += len(view)
+
+    async def check_unchanged(self, stats: Sequence[Stat]) -> None:
+        pass
 
     async def close(self) -> None:
         self.closed = True
@@ -96,7 +86,7 @@ def test_failure_is_asked_again_until_it_is_answered() -> None:
     origin = MemoryOrigin(transient(), transient())
     resilient = make(origin)
     assert run(resilient.list())[0] == [FILE]
-    assert (origin.n_asked, resilient.ledger.n_requests, resilient.ledger.n_retries) == (3, 3, 2)
+    assert (origin.n_asked, resilient.ledger.n_retries) == (3, 2)
 
 
 @pytest.mark.parametrize("attempts", [1, 2, 3, 10])
@@ -185,13 +175,148 @@ def test_views_are_filled_and_counted_once() -> None:
     resilient = make(MemoryOrigin(transient()))
     run(resilient.read_into(FILE, 10, [memoryview(first), memoryview(second)]))
     assert bytes(first + second) == CONTENT[10:18]
-    assert (resilient.ledger.bytes_received, resilient.ledger.n_retries) == (8, 1)
+    assert (resilient.used_bytes, resilient.ledger.n_retries) == (8, 1)
 
 
 def test_failed_read_counts_no_bytes() -> None:
     resilient = make(MemoryOrigin(*[transient()] * 3))
     run(resilient.read_into(FILE, 0, [memoryview(bytearray(3))]))
-    assert resilient.ledger.bytes_received == 0
+    assert resilient.used_bytes == 0
+
+
+def broken_off(received_bytes: int) -> Exception:
+    return errors.TransientOriginError("the body ended", received_bytes=received_bytes)
+
+
+class HalfOrigin(MemoryOrigin):
+    """Fills the views as far as it says before it raises."""
+
+    async def read_into(self, stat: Stat, start: int, views: Sequence[memoryview]) -> None:
+        step = self.script[0] if self.script else None
+        if isinstance(step, errors.TransientOriginError):
+            left = int(step.facts.get("received_bytes", 0))  # type: ignore[call-overload]
+            self.ledger.received_bytes += left
+            at = start
+            for view in views:
+                n_filled = min(left, len(view))
+                view[:n_filled] = CONTENT[at : at + n_filled]
+                at, left = at + n_filled, left - n_filled
+        await super().read_into(stat, start, views)
+
+
+def test_g11_a_broken_body_goes_on_from_its_last_whole_piece() -> None:
+    first, second = bytearray(3 * PIECE_NBYTES), bytearray(2 * PIECE_NBYTES)
+    origin = HalfOrigin(broken_off(PIECE_NBYTES * 3 // 2), broken_off(3 * PIECE_NBYTES), broken_off(7))
+    resilient = make(origin)
+    assert run(resilient.read_into(FILE, 10, [memoryview(first), memoryview(second)]))[0] is None
+    assert bytes(first + second) == CONTENT[10 : 10 + 5 * PIECE_NBYTES]
+    assert [start for start, _ in origin.asked] == [10 + PIECE_NBYTES * whole for whole in (0, 1, 4, 4)]
+    assert {start + nbytes for start, nbytes in origin.asked} == {10 + 5 * PIECE_NBYTES}
+    run(resilient.close())
+    assert resilient.ledger.wasted_bytes == PIECE_NBYTES // 2 + 7
+
+
+def test_g14_a_body_that_breaks_off_before_a_piece_is_whole_has_three_attempts() -> None:
+    origin = HalfOrigin(*[broken_off(PIECE_NBYTES - 1)] * 3)
+    got, _ = run(make(origin).read_into(FILE, 0, [memoryview(bytearray(2 * PIECE_NBYTES))]))
+    assert isinstance(got, errors.OriginUnreachableError)
+    assert len(origin.asked) == 3
+
+
+def test_g14_a_load_wastes_no_more_than_its_budget() -> None:
+    origin = HalfOrigin()
+    resilient = make(origin)
+    for number in range(1000):  # noqa: B007
+        origin.script = [broken_off(2 * PIECE_NBYTES - 1), None]
+        got, _ = run(resilient.read_into(FILE, 0, [memoryview(bytearray(3 * PIECE_NBYTES))]))
+        if got is not None:
+            break
+    assert "more than a load may waste" in str(got)
+    spent = (number + 1) * (PIECE_NBYTES - 1)
+    assert RETRY_BUDGET * resilient.used_bytes + RETRY_FLOOR_NBYTES < spent
+    assert spent < RETRY_BUDGET * resilient.used_bytes + RETRY_FLOOR_NBYTES + PIECE_NBYTES
+
+
+@pytest.mark.parametrize("attempts", [1, 3])
+def test_one_kept_connection_that_was_closed_costs_no_attempt(attempts: int) -> None:
+    origin = MemoryOrigin(ClosedIdleError("closed"))
+    resilient = make(origin, attempts)
+    assert run(resilient.list()) == ([FILE], 0.0)
+    assert resilient.ledger.n_retries == 0
+    origin = MemoryOrigin(*[ClosedIdleError("closed")] * 9)
+    got, _ = run(make(origin, attempts).list())
+    assert isinstance(got, errors.OriginUnreachableError)
+    assert origin.n_asked == max(2, attempts)
+
+
+def test_a_throttled_request_waits_longer_and_as_long_as_it_is_told() -> None:
+    origin = MemoryOrigin(
+        errors.TransientOriginError("503", is_throttled=True),
+        errors.TransientOriginError("429", is_throttled=True, retry_after_s=3.0),
+    )
+    _, took_s = run(make(origin).list())
+    assert took_s == pytest.approx(THROTTLED_PAUSE_S * 2 + THROTTLED_PAUSE_S * 4 + 3.0)
+
+
+# -- beside
+
+
+def read_in_turn(resilient: Resilient, n: int, nbytes: int = PIECE_NBYTES) -> tuple[object, float]:
+    async def read() -> bytes:
+        memory = bytearray()
+        for number in range(n):
+            piece = bytearray(nbytes)
+            await resilient.read_into(FILE, number * nbytes, [memoryview(piece)])
+            memory += piece
+        return bytes(memory)
+
+    return run(read())
+
+
+def hedging(origin: MemoryOrigin, deadline: float | None = None) -> Resilient:
+    return Resilient(origin, hedges=True, deadline=deadline, jitter=lambda: 1.0)
+
+
+def test_a_range_that_takes_far_longer_than_others_is_asked_for_once_more() -> None:
+    origin = MemoryOrigin()
+    origin.takes_s = [1.0] * LEAST_JUDGED + [1e6, 1.0]
+    resilient = hedging(origin)
+    got, took_s = read_in_turn(resilient, LEAST_JUDGED + 1)
+    assert got == CONTENT[: (LEAST_JUDGED + 1) * PIECE_NBYTES]
+    assert took_s == pytest.approx(LEAST_JUDGED + HEDGE_AFTER + 1.0, abs=2 * LOOK_S)
+    assert origin.asked[-1] == origin.asked[-2]
+    assert (resilient.ledger.n_hedges, resilient.ledger.n_retries) == (1, 0)
+
+
+def test_the_first_of_two_that_is_whole_is_taken() -> None:
+    origin = MemoryOrigin()
+    origin.takes_s = [1.0] * LEAST_JUDGED + [5.0, 100.0]
+    got, took_s = read_in_turn(hedging(origin), LEAST_JUDGED + 1)
+    assert got == CONTENT[: (LEAST_JUDGED + 1) * PIECE_NBYTES]
+    assert took_s == pytest.approx(LEAST_JUDGED + 5.0)
+
+
+def test_a_failure_of_one_of_two_waits_for_the_other() -> None:
+    origin = MemoryOrigin(*[None] * LEAST_JUDGED, transient())
+    origin.takes_s = [1.0] * LEAST_JUDGED + [1e6, 1.0, 1.0]
+    resilient = hedging(origin, deadline=50.0)
+    got, _ = read_in_turn(resilient, LEAST_JUDGED + 1)
+    assert isinstance(got, errors.DeadlineError)
+    origin = MemoryOrigin(*[None] * LEAST_JUDGED, transient())
+    origin.takes_s = [1.0] * LEAST_JUDGED + [10.0, 1.0]
+    resilient = hedging(origin)
+    got, took_s = read_in_turn(resilient, LEAST_JUDGED + 1)
+    assert got == CONTENT[: (LEAST_JUDGED + 1) * PIECE_NBYTES]
+    assert (took_s, resilient.ledger.n_retries) == (pytest.approx(LEAST_JUDGED + 10.0), 0)
+
+
+def test_g14_hedges_have_a_budget() -> None:
+    origin = MemoryOrigin()
+    nbytes = 8 << 20
+    origin.takes_s = [1.0] * LEAST_JUDGED + [30.0, 30.0] * 9
+    resilient = hedging(origin)
+    assert read_in_turn(resilient, 7, nbytes)[0] == CONTENT[: 7 * nbytes]
+    assert resilient.ledger.n_hedges == 2
 
 
 def test_requests_at_the_same_time_have_attempts_of_their_own() -> None:

@@ -13,6 +13,7 @@ import click
 import weightcache
 from weightcache import errors
 from weightcache.cli.completion import completion
+from weightcache.cli.cost import cost
 from weightcache.cli.doctor import doctor
 from weightcache.cli.load import load, plan, prefetch, pull
 from weightcache.cli.options import output_options
@@ -53,7 +54,7 @@ class Root(click.Group):
 
 @click.group(
     cls=Root,
-    commands=[load, pull, prefetch, plan, ls, verify, evict, pin, unpin, doctor, completion],
+    commands=[load, pull, prefetch, plan, ls, verify, evict, pin, unpin, cost, doctor, completion],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog=EPILOG,
 )

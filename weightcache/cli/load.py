@@ -19,7 +19,7 @@ from weightcache.cli.options import (
     timeout_option,
     uri_argument,
 )
-from weightcache.cli.output import Output, show_table, size
+from weightcache.cli.output import Output, show_table, size, usd
 
 
 @click.command()
@@ -120,12 +120,18 @@ def _show_report(facts: Mapping[str, Any]) -> None:
         ("bytes", ", ".join(f"{size(nbytes)} from {tier}" for tier, nbytes in facts["bytes"].items())),
         ("speed", f"{facts['gb_per_s']:.2f} GB/s"),
         ("requests", f"{facts['n_requests']}, {facts['n_retries']} of them retries"),
+        *((f"asked of {place}", _asked(counts)) for place, counts in facts["replicas"].items()),
         ("stored", size(facts["stored_bytes"])),
         *((f"choice of {name}", reason) for name, reason in facts["choices"].items()),
         *(("warning", text) for text in facts["warnings"]),
     ]
     # A pull or a prefetch makes no tensors.
     show_table(("", ""), [row for row in rows if row[0] != "tensors" or facts["device"]])
+
+
+def _asked(counts: Mapping[str, Any]) -> str:
+    requests = f"{counts['n_gets']} GETs, {counts['n_lists']} listings"
+    return f"{requests}, {size(counts['received_bytes'])}, {usd(counts['usd'])} ({counts['provider']})"
 
 
 def _show_plan(facts: Mapping[str, Any]) -> None:

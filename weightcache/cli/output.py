@@ -101,6 +101,13 @@ def size(nbytes: int) -> str:
     return f"{nbytes} B"
 
 
+def usd(amount: float) -> str:
+    """Spell an amount of money: `12.34 USD`, and small ones to a hundredth of a cent."""
+    if 0 < amount < 0.0001:
+        return "< 0.0001 USD"
+    return f"{amount:.4f} USD" if 0 < amount < 1 else f"{amount:.2f} USD"
+
+
 def ago(then_s: float) -> str:
     """Spell how long ago a moment (seconds since the epoch) was: `3 min ago`."""
     passed_s = time.time() - then_s

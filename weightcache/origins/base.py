@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from weightcache.ledger import Ledger
+
 
 @dataclass(frozen=True, slots=True)
 class Stat:
@@ -27,6 +29,10 @@ class Origin(Protocol):
     """
 
     @property
+    def ledger(self) -> Ledger:
+        """What was asked so far; counted by the origin itself, beside what its wrappers count."""
+
+    @property
     def uri(self) -> str:
         """The folder's name, free of secrets; equal folders have equal names."""
 
@@ -40,7 +46,8 @@ class Origin(Protocol):
         """Fill `views`, one after the other, with the bytes of the file from `start` on.
 
         Either all views are filled with bytes of the state that `stat.etag` names, or an error is raised and their
-        content is undefined. The views are written by nobody else meanwhile and not kept afterwards.
+        content is undefined, but for the first `received_bytes` of a TransientOriginError that has that fact. The views
+        are not kept afterwards. The same range may be read into the same views twice at once.
         """
 
     async def check_unchanged(self, stats: Sequence[Stat]) -> None:

@@ -1,4 +1,4 @@
-"""Own any fsspec URL that has no faster way of its own: gs, az, hf, http, memory and the like.
+"""Own any fsspec URL that has no faster way of its own: gs, az, hf, memory and the like.
 
 Never trusts a file system to honour a range: what comes back must have the length that was asked for.
 """
@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any, TypeVar
-from urllib.parse import quote, unquote
 
 import fsspec
 
@@ -24,28 +22,11 @@ from weightcache.errors import (
     TransientOriginError,
     WeightcacheError,
 )
-from weightcache.manifest import check_paths
+from weightcache.ledger import Ledger
 from weightcache.origins.base import Stat
+from weightcache.origins.pace import Throttle
 
 T = TypeVar("T")
-
-HTTP = ("http", "https")
-
-INDEX = "model.safetensors.index.json"
-# Asked for by name where a server lists nothing (plain http).
-WELL_KNOWN = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    INDEX,
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "tokenizer.model",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-)
 
 
 class FsspecOrigin:
@@ -55,30 +36,43 @@ class FsspecOrigin:
         scheme: The fsspec protocol.
         uri: The folder's URL.
         storage_options: Handed to the file system as they are.
+        throttle: The bandwidth this process may use.
         n_threads: Calls in flight.
         file: The one file of the folder that counts, if a file was named.
     """
 
     def __init__(
-        self, scheme: str, uri: str, storage_options: Mapping[str, Any], n_threads: int, file: str | None = None
+        self,
+        scheme: str,
+        uri: str,
+        storage_options: Mapping[str, Any],
+        throttle: Throttle,
+        n_threads: int,
+        file: str | None = None,
     ) -> None:
         self._scheme = scheme
         self._uri = uri
         self._file = file
         self._options = dict(storage_options)
+        self._throttle = throttle
         self._threads = ThreadPoolExecutor(n_threads, "weightcache-origin")
         self._fs: Any = None
+        self.ledger = Ledger()
 
     @property
     def uri(self) -> str:
         return self._uri
 
     async def list(self) -> Sequence[Stat]:
+        self.ledger.n_lists += 1
         return await self._call(self._list)
 
     async def read_into(self, stat: Stat, start: int, views: Sequence[memoryview]) -> None:
         stop = start + sum(len(view) for view in views)
+        self.ledger.n_gets += 1
         body = await self._call(lambda: self._filesystem().cat_file(self._path(stat.path), start=start, end=stop))
+        self.ledger.received_bytes += len(body)
+        await asyncio.sleep(self._throttle.pause_s(len(body)))
         if len(body) != stop - start:
             await self.check_unchanged([stat])  # a file that shrank is no transient failure
             raise TransientOriginError(
@@ -128,7 +122,7 @@ class FsspecOrigin:
         return self._fs
 
     def _path(self, name: str) -> str:
-        return f"{self._uri}/{quote(name) if self._scheme in HTTP else name}"
+        return f"{self._uri}/{name}"
 
     def _look_at(self, name: str) -> Stat:
         return self._stat(name, self._filesystem().info(self._path(name)))
@@ -138,7 +132,7 @@ class FsspecOrigin:
         if self._file is not None:
             return [self._look_at(self._file)]
         root = fs._strip_protocol(self._uri).rstrip("/")
-        found = self._find_http(fs) if self._scheme in HTTP else self._find(fs, root)
+        found = self._find(fs, root)
         if not found:
             raise ModelNotFoundError(
                 f"nothing at {self._uri}: expected a folder with safetensors; check the name and the credentials",
@@ -150,34 +144,6 @@ class FsspecOrigin:
         listed = fs.find(root, detail=True)
         names = ((path[len(root) :].removeprefix("/"), info) for path, info in listed.items())
         return {name: info for name, info in names if name and not name.endswith("/")}  # markers of folders
-
-    def _find_http(self, fs: Any) -> dict[str, Mapping[str, Any]]:
-        """List a web folder by its links, or where there are none by the names every checkpoint uses."""
-        names: set[str] = set()
-        try:
-            base = self._uri + "/"
-            names = {unquote(url[len(base) :]) for url in fs.find(base) if url.startswith(base)}
-        except FileNotFoundError:
-            pass
-        found: dict[str, Mapping[str, Any]] = {}
-        wanted = sorted(names) or list(WELL_KNOWN)
-        for name in wanted:
-            try:
-                found[name] = fs.info(self._path(name))
-            except FileNotFoundError:
-                continue
-            if not names and name == INDEX:
-                wanted += self._shards_named(fs.cat_file(self._path(name)))
-        return found
-
-    def _shards_named(self, index: bytes) -> Sequence[str]:
-        """Return the files that an index names, if it is one; what is wrong with it, checkpoint.py says."""
-        try:
-            named = sorted({str(name) for name in json.loads(index)["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return []
-        check_paths(named)
-        return named
 
     def _stat(self, name: str, info: Mapping[str, Any]) -> Stat:
         if info.get("size") is None:

@@ -22,6 +22,7 @@ from weightcache.errors import (
     OriginError,
     UnsafePathError,
 )
+from weightcache.ledger import Ledger
 from weightcache.manifest import MAX_PATH_NBYTES
 from weightcache.operations import Crew, HostPlace, Operations, Place, address_of
 from weightcache.origins.base import Stat
@@ -46,6 +47,7 @@ class LocalOrigin:
         self._folder = folder
         self._workers = workers
         self._file = file
+        self.ledger = Ledger()  # nothing is asked of anybody
 
     @property
     def uri(self) -> str:

@@ -1,18 +1,20 @@
 """Own S3 and everything that speaks it: AWS, Tigris, R2, GCS interoperability, MinIO, SeaweedFS.
 
-Never gathers a body: bytes go from the socket's buffers into the image piece by piece, every response checked
-against what was asked. Credentials, endpoints, signing and addressing are aiobotocore's, by way of s3fs's options.
+Never carries a body: that is plane.py's. Credentials, endpoints, signing, addressing and listing are aiobotocore's, by
+way of s3fs's options; one presigned GET of an object serves all its ranges, for Range is no part of a signature.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
-import aiohttp
 import botocore.session
 from aiobotocore.session import AioSession
 from botocore import exceptions
@@ -23,22 +25,53 @@ from weightcache.errors import (
     AccessDeniedError,
     ConfigError,
     ModelNotFoundError,
-    OriginChangedError,
     OriginError,
     TransientOriginError,
 )
+from weightcache.ledger import Ledger
+from weightcache.origins.answers import Answer, http_time, is_part, refusal
 from weightcache.origins.base import Stat
+from weightcache.origins.clock import sign_with_skew
+from weightcache.origins.listing import Page, parse_page
+from weightcache.origins.pace import Throttle
+from weightcache.origins.plane import REFUSAL_NBYTES, Plane, Wiring
+
+log = logging.getLogger(__name__)
 
 # Newer AWS SDKs send checksum headers that some S3-compatible stores refuse; retries are resilient.py's alone.
 CLIENT_CONFIG = {
     "request_checksum_calculation": "when_required",
     "response_checksum_validation": "when_required",
+    "signature_version": "s3v4",  # presigned URLs too, whose default is the old version 2
     "retries": {"total_max_attempts": 1, "mode": "standard"},
 }
-_NOT_FOUND = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
-_DENIED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
-_CHANGED = {"412", "PreconditionFailed"}
-
+# What S3's codes mean where the status alone does not say it.
+_STATUS_OF = {
+    "NoSuchKey": 404,
+    "NoSuchBucket": 404,
+    "NotFound": 404,
+    "AccessDenied": 403,
+    "InvalidAccessKeyId": 403,
+    "SignatureDoesNotMatch": 403,
+    "ExpiredToken": 403,
+    "InvalidToken": 403,
+    "RequestTimeTooSkewed": 403,
+    "PreconditionFailed": 412,
+    "RequestTimeout": 408,
+    "SlowDown": 503,
+    "Throttling": 503,
+    "RequestLimitExceeded": 503,
+}
+_OUT_OF_TIME = {"ExpiredToken", "TokenRefreshRequired", "RequestExpired", "RequestTimeTooSkewed"}
+_OUT_OF_TIME_WORDS = re.compile("expired|not (yet )?valid yet|not ready|not yet valid", re.IGNORECASE)
+UNKNOWN_OPTIONS = ("s3_additional_kwargs", "version_aware")  # of s3fs, and a setting is a demand
+N_PAGES = 100  # of a listing, 1,000 objects each, at most
+PAGE_NBYTES = 4 << 20
+SIGNED_FOR_S = 3600
+# A signature is used again for so long. Credentials that end within 15 minutes are refreshed by aiobotocore when it signs.
+SIGNED_ANEW_S = 60.0
+LEAST_SKEW_S = 60.0  # a smaller difference of the clocks is no reason to refuse
+LARGEST_SKEW_S = 100 * 365 * 86400.0  # a machine without a battery begins in 1970
 
 _service_descriptions: Any = None
 
@@ -66,7 +99,10 @@ def endpoint_of(storage_options: Mapping[str, Any]) -> str:
             session = botocore.session.Session(profile=storage_options.get("profile"))
             configured = ConfiguredEndpointProvider(session.full_config, session.get_scoped_config(), "s3")
             given = configured.provide()
-        except exceptions.BotoCoreError as exc:
+        # From here on: of a service that gives credentials.
+        except (exceptions.HTTPClientError, exceptions.ConnectionError) as exc:
+            raise TransientOriginError(f"{type(exc).__name__}: {exc}") from exc
+        except (exceptions.BotoCoreError, exceptions.ClientError) as exc:
             raise ConfigError(f"the AWS configuration cannot be used: {exc}") from exc
     endpoint = str(given or "").rstrip("/")
     if "@" in endpoint:
@@ -81,8 +117,8 @@ class S3Origin:
         uri: `s3://bucket/prefix`.
         storage_options: As s3fs takes them (key, secret, token, profile, anon, endpoint_url, client_kwargs,
             config_kwargs, …); what is absent comes from the standard credential chain.
-        connections: Size of the connection pool.
-        timeout_s: Longest silence on a connection.
+        wiring: How hosts are reached; certificates and proxies of the options and the AWS configuration come before.
+        throttle: The bandwidth this process may use.
         file: The one object of the prefix that counts, if one was named.
     """
 
@@ -90,35 +126,53 @@ class S3Origin:
         self,
         uri: str,
         storage_options: Mapping[str, Any],
-        connections: int,
-        timeout_s: float,
+        wiring: Wiring,
+        throttle: Throttle,
         file: str | None = None,
     ) -> None:
         self._uri = uri
-        self._bucket, _, self._prefix = uri.removeprefix("s3://").partition("/")
+        self._bucket, self._prefix = _split(uri.removeprefix("s3://"))
         self._file = file
         self._options = dict(storage_options)
-        self._connections = connections
-        self._timeout_s = timeout_s
+        for name in UNKNOWN_OPTIONS:
+            if self._options.get(name):
+                raise ConfigError(f"storage_options[{name!r}] is not known to weightcache: leave it out", uri=uri)
+        self._wiring = wiring
+        self._throttle = throttle
         self._opening = asyncio.Lock()
         self._client: Any = None
+        self._plane: Plane | None = None
+        self._signed: dict[str, tuple[str, float]] = {}  # by name: the URL, and the loop time until which it is used
+        self._payer = {"RequestPayer": "requester"} if self._options.get("requester_pays") else {}
+        self._headers = {"x-amz-request-payer": "requester"} if self._payer else {}  # as the signature demands
+        self._skew_s = 0.0
+        self._region: str | None = None  # where the bucket turned out to be
+        self.ledger = Ledger()
 
     @property
     def uri(self) -> str:
         return self._uri
 
+    @property
+    def _name(self) -> str:
+        return f"{self._uri}/{self._file}" if self._file else self._uri
+
     async def list(self) -> Sequence[Stat]:
         base = f"{self._prefix}/" if self._prefix else ""
+        if self._file is not None:
+            answer = await self._ask("HEAD", "head_object", {"Key": base + self._file})
+            etag = answer.get("etag")
+            if answer.content_length is None or not etag:
+                raise TransientOriginError(f"{self._name}: the server says neither size nor ETag")
+            return [Stat(self._file, answer.content_length, etag)]
         found: list[Stat] = []
-        async with self._asking() as client:
-            if self._file is not None:
-                head = await client.head_object(Bucket=self._bucket, Key=base + self._file)
-                return [Stat(self._file, head["ContentLength"], head["ETag"])]
-            async for page in client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=base):
-                for entry in page.get("Contents", ()):
-                    name = entry["Key"][len(base) :]
-                    if name and not name.endswith("/"):  # folder markers
-                        found.append(Stat(name, entry["Size"], entry["ETag"]))
+        async for page in self._pages(base):
+            for each in page.objects:
+                name = each.path.removeprefix(base)
+                if not each.path.startswith(base):
+                    raise OriginError(f"asked for {self._uri}/, the server lists {each.path[:200]!r}", uri=self._uri)
+                if name and not name.endswith("/"):  # folder markers
+                    found.append(Stat(name, each.nbytes, each.etag))
         if not found:
             raise ModelNotFoundError(
                 f"nothing below {self._uri}/: expected a folder with safetensors; check the bucket and the prefix",
@@ -126,35 +180,93 @@ class S3Origin:
             )
         return found
 
+    async def _pages(self, prefix: str) -> AsyncIterator[Page]:
+        token: dict[str, str] = {}
+        seen: set[str] = set()
+        for _ in range(N_PAGES):
+            answer = await self._ask("GET", "list_objects_v2", {"Prefix": prefix, **token}, PAGE_NBYTES)
+            if len(answer.body) > PAGE_NBYTES:
+                raise OriginError(f"a page of the listing of {self._uri}/ has more than {PAGE_NBYTES} bytes")
+            page = parse_page(answer.body)
+            yield page
+            if page.next_token is None:
+                return
+            if page.next_token in seen:
+                raise OriginError(
+                    f"the listing of {self._uri}/ goes round in circles: look at the server", uri=self._uri
+                )
+            seen.add(page.next_token)
+            token = {"ContinuationToken": page.next_token}
+        raise OriginError(f"the listing of {self._uri}/ has more than {N_PAGES} pages: name the model's own folder")
+
+    async def _ask(
+        self, method: str, operation: str, parameters: Mapping[str, str], limit_nbytes: int = REFUSAL_NBYTES
+    ) -> Answer:
+        """Ask for what is no object's body, and return the answer if it is none that refuses."""
+        async with self._asking() as (client, plane):
+            url = await client.generate_presigned_url(
+                operation, Params={"Bucket": self._bucket, **self._payer, **parameters}, ExpiresIn=SIGNED_FOR_S
+            )
+        answer = await plane.request(
+            method,
+            url,
+            self._headers,
+            lambda answer: False,
+            limit_nbytes=limit_nbytes,
+            is_listing=operation != "head_object",
+        )
+        if answer.status >= 300:
+            raise await self._refusal(answer, is_fresh=True)
+        return answer
+
     async def read_into(self, stat: Stat, start: int, views: Sequence[memoryview]) -> None:
         stop = start + sum(len(view) for view in views)
-        key = f"{self._prefix}/{stat.path}" if self._prefix else stat.path
-        async with self._asking() as client:
-            answer = await client.get_object(
-                Bucket=self._bucket,
-                Key=key,
-                Range=f"bytes={start}-{stop - 1}",  # the one place where a range becomes HTTP's inclusive form
-                IfMatch=stat.etag,
-            )
-            async with answer["Body"] as body:
-                _check_range(answer, start, stop, stat)
-                await _fill(body.raw_stream.content, views, stop - start)
+        if start == stop:
+            return
+        async with self._asking() as (client, plane):
+            url, is_fresh = await self._sign(client, stat.path)
+        answer = await plane.request(
+            "GET",
+            url,
+            {**self._headers, "Range": f"bytes={start}-{stop - 1}", "If-Match": stat.etag},
+            lambda answer: is_part(answer, stat, start, stop, answer.get("etag")),
+            views,
+        )
+        if answer.status >= 300:
+            is_current = self._signed.get(stat.path, ("", 0.0))[0] == url  # else another read signed anew meanwhile
+            if is_current and not is_fresh:
+                del self._signed[stat.path]
+            raise await self._refusal(answer, is_fresh=is_current and is_fresh)
 
     async def check_unchanged(self, stats: Sequence[Stat]) -> None:
         pass  # every read demands the state's ETag
 
     async def close(self) -> None:
         client, self._client = self._client, None
+        plane, self._plane = self._plane, None
+        if plane is not None:
+            await plane.close()
         if client is not None:
             await client.close()
 
+    async def _sign(self, client: Any, name: str) -> tuple[str, bool]:
+        """Return a URL that gives an object for a while, and whether it was signed just now."""
+        now = asyncio.get_running_loop().time()
+        url, until = self._signed.get(name, ("", 0.0))
+        if now < until:
+            return url, False
+        key = f"{self._prefix}/{name}" if self._prefix else name
+        url = await client.generate_presigned_url(
+            "get_object", Params={"Bucket": self._bucket, "Key": key, **self._payer}, ExpiresIn=SIGNED_FOR_S
+        )
+        self._signed[name] = url, now + SIGNED_ANEW_S
+        return url, True
+
     @asynccontextmanager
-    async def _asking(self) -> AsyncIterator[Any]:
-        """Give the client, and translate what goes wrong with it."""
+    async def _asking(self) -> AsyncIterator[tuple[Any, Plane]]:
+        """Give the client, to sign by, and the plane; and translate what goes wrong with the former."""
         try:
             yield await self._connected()
-        except exceptions.ClientError as exc:
-            raise self._refusal(exc) from exc
         except (
             exceptions.NoCredentialsError,
             exceptions.CredentialRetrievalError,
@@ -170,94 +282,117 @@ class S3Origin:
             exceptions.ParamValidationError,
             exceptions.InvalidConfigError,
             exceptions.PartialCredentialsError,
-            ValueError,
-            TypeError,
         ) as exc:
             raise ConfigError(f"the S3 settings for {self._uri} cannot be used: {exc}", uri=self._uri) from exc
-        except (exceptions.HTTPClientError, exceptions.ConnectionError, aiohttp.ClientError, OSError, EOFError) as exc:
-            raise TransientOriginError(f"{type(exc).__name__}: {exc}") from exc
-        except exceptions.BotoCoreError as exc:
+        except (ValueError, TypeError) as exc:
+            raise ConfigError(f"the S3 settings for {self._uri} cannot be used: {exc}", uri=self._uri) from exc
+        except (exceptions.BotoCoreError, exceptions.ClientError) as exc:  # of a service that gives credentials
             raise OriginError(f"{self._uri}: {exc}", uri=self._uri) from exc
+        except (OSError, RuntimeError) as exc:  # of a credential_process that is not there, or gives what has expired
+            raise AccessDeniedError(
+                f"no credentials for {self._uri} ({type(exc).__name__}: {exc}): check credential_process and this clock",
+                uri=self._uri,
+            ) from exc
 
-    async def _connected(self) -> Any:
+    async def _connected(self) -> tuple[Any, Plane]:
         async with self._opening:
-            if self._client is None:
+            if self._client is None or self._plane is None:
                 options = dict(self._options)
                 options["config_kwargs"] = {
-                    "max_pool_connections": self._connections,
-                    "connect_timeout": self._timeout_s,
-                    "read_timeout": self._timeout_s,
+                    "connect_timeout": self._wiring.patience_s,
+                    "read_timeout": self._wiring.patience_s,
                     **CLIENT_CONFIG,
-                    **options.get("config_kwargs", {}),
+                    **(options.get("config_kwargs") or {}),
                 }
+                if self._region is not None:
+                    options["client_kwargs"] = {**(options.get("client_kwargs") or {}), "region_name": self._region}
                 options.setdefault("session", _session(options.pop("profile", None)))
                 filesystem = S3FileSystem(
                     asynchronous=True, loop=asyncio.get_running_loop(), skip_instance_cache=True, **options
                 )
+                self._plane = self._plane or Plane(
+                    self._uri, _wired(self._wiring, options), self.ledger, self._throttle
+                )
                 self._client = await filesystem.set_session()
-        return self._client
+                if self._skew_s:
+                    sign_with_skew(self._client, self._skew_s)
+            return self._client, self._plane
 
-    def _refusal(self, exc: Any) -> Exception:
-        error = exc.response.get("Error", {})
-        code = str(error.get("Code", ""))
-        status = int(exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-        if code in _NOT_FOUND or status == 404:
-            what = f"nothing at {self._uri}" + (f"/{self._file}" if self._file else "")
-            if code == "NoSuchBucket":
-                what = f"no bucket {self._bucket!r}"
-            return ModelNotFoundError(f"{what} ({code}): check the name and the endpoint", uri=self._uri, status=status)
-        if code in _CHANGED or status == 412:
-            return OriginChangedError(
-                f"an object below {self._uri} changed since the model was described; load again when its writer is done",
-                uri=self._uri,
-            )
-        if code in _DENIED or status in (401, 403):
-            return AccessDeniedError(
-                f"{self._uri} refused these credentials ({code or status}): check the key, its permissions and the endpoint",
-                uri=self._uri,
+    async def _refusal(self, answer: Answer, *, is_fresh: bool) -> Exception:
+        """Return the error that an answer means; `is_fresh` says that its request was signed just before."""
+        code, message = _words_of(answer)
+        status, uri = answer.status, self._uri
+        if status >= 400:
+            status = _STATUS_OF.get(code, status)
+        if code == "NoSuchBucket":
+            return ModelNotFoundError(
+                f"no bucket {self._bucket!r} ({code}, {status}): check the name and the endpoint",
+                uri=uri,
                 status=status,
             )
-        if status >= 500 or status in (408, 429) or code in ("SlowDown", "RequestTimeout", "InternalError"):
-            return TransientOriginError(f"{code or 'error'} ({status})", status=status)
-        return OriginError(
-            f"{self._uri} answered {code} ({status}): {str(error.get('Message', ''))[:200]}", status=status
+        if status == 404:
+            uri = self._name
+        elif status in (401, 403) and (not code or code in _OUT_OF_TIME or _OUT_OF_TIME_WORDS.search(message)):
+            # Without a code, as HEAD is answered, this may be it.
+            if self._correct_skew(answer) or not is_fresh:
+                return TransientOriginError(f"a signature out of time ({code or status})", status=status)
+        elif await self._moved(answer):
+            return TransientOriginError(f"the bucket lies in another region ({code})", status=status)
+        elif status == 400:
+            code = f"{code}: {message}"
+        return refusal(status, uri, code, answer.retry_after_s)
+
+    async def _moved(self, answer: Answer) -> bool:
+        """Connect anew to the region that the bucket is in, if the answer names another; tell whether. Once an origin."""
+        if answer.status not in (301, 307, 400) or self._region is not None:
+            return False
+        named = re.search(rb"<Region>([^<]{1,80})</Region>", answer.body)
+        region = answer.get("x-amz-bucket-region") or (named[1].decode("utf-8", "replace") if named else "")
+        if not re.fullmatch(r"[a-z0-9-]{1,40}", region):
+            return False
+        self._region = region
+        self._signed.clear()
+        client, self._client = self._client, None
+        if client is not None:
+            await client.close()
+        return True
+
+    def _correct_skew(self, answer: Answer) -> bool:
+        """Sign by the server's clock from now on, if ours differs; tell whether that is news. Once an origin."""
+        sent = http_time(answer.get("date") or "")
+        if sent is None or self._skew_s:
+            return False
+        skew_s = sent - time.time()
+        if not LEAST_SKEW_S <= abs(skew_s) <= LARGEST_SKEW_S:
+            return False
+        log.warning(
+            "this machine's clock differs from %s by %.0f s: requests are signed by the latter", self._uri, skew_s
         )
+        self._skew_s = skew_s
+        self._signed.clear()
+        sign_with_skew(self._client, skew_s)
+        return True
 
 
-def _check_range(answer: Mapping[str, Any], start: int, stop: int, stat: Stat) -> None:
-    status = answer["ResponseMetadata"]["HTTPStatusCode"]
-    got = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.get("ContentRange") or "")
-    whole = status == 200 and start == 0 and stop == stat.nbytes  # a range of everything may be answered so
-    if not whole and (
-        status != 206 or got is None or (int(got[1]), int(got[2]) + 1, int(got[3])) != (start, stop, stat.nbytes)
-    ):
-        raise TransientOriginError(
-            f"asked for [{start}, {stop}) of {stat.nbytes} bytes, the server answered {status} with range "
-            f"{answer.get('ContentRange')!r}"
-        )
-    if answer.get("ContentLength") != stop - start or answer.get("ContentEncoding"):
-        raise TransientOriginError(
-            f"asked for {stop - start} bytes, the server announced {answer.get('ContentLength')} "
-            f"(encoding {answer.get('ContentEncoding')!r})"
-        )
-    if answer.get("ETag") != stat.etag:
-        raise OriginChangedError(f"{stat.path} has ETag {answer.get('ETag')}, expected {stat.etag}; load again")
+def _split(place: str) -> tuple[str, str]:
+    """Return bucket and prefix; the ARN of an access point is a bucket that has a slash."""
+    arn = re.match(r"arn:[^/]*:accesspoint/[^/]+", place)
+    bucket = arn[0] if arn else place.partition("/")[0]
+    return bucket, place[len(bucket) :].removeprefix("/")
 
 
-async def _fill(stream: Any, views: Sequence[memoryview], nbytes: int) -> None:
-    remaining = nbytes
-    waiting = iter(views)
-    view = memoryview(b"")
-    while piece := await stream.readany():
-        if len(piece) > remaining:
-            raise TransientOriginError(f"the body is longer than the {nbytes} bytes announced")
-        remaining -= len(piece)
-        rest = memoryview(piece)
-        while rest:
-            if not view:
-                view = next(waiting)
-            n_taken = min(len(view), len(rest))
-            view[:n_taken] = rest[:n_taken]
-            view, rest = view[n_taken:], rest[n_taken:]
-    if remaining:
-        raise TransientOriginError(f"the body ended {remaining} bytes before the {nbytes} announced")
+def _wired(wiring: Wiring, options: Mapping[str, Any]) -> Wiring:
+    """Return how hosts are reached with what S3's own options say of certificates and proxies."""
+    verify = (options.get("client_kwargs") or {}).get("verify")
+    if verify is None:
+        verify = options["session"].get_config_variable("ca_bundle")
+    proxies = options["config_kwargs"].get("proxies", wiring.proxies)
+    return replace(wiring, verify=wiring.verify if verify is None else verify, proxies=proxies)
+
+
+def _words_of(answer: Answer) -> tuple[str, str]:
+    """Return code and message of S3's error document, empty where there is none."""
+    text = answer.body.decode("utf-8", "replace")
+    code = re.search(r"<Code>([^<]{1,80})</Code>", text)
+    message = re.search(r"<Message>([^<]{1,400})", text)
+    return code[1] if code else "", message[1] if message else ""

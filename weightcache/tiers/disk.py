@@ -7,7 +7,7 @@ Never shows a chunk before it is whole, synced and checked; never truncates one.
     staging/                    files being written
     quarantine/                 rotten chunks, the newest few, for a post-mortem
     catalogue/                  see catalogue.py
-    leases/, flight             see locks.py
+    leases/, flight, *.lock     see locks.py
     shards/, models/            see records.py
 """
 
@@ -39,8 +39,8 @@ from weightcache.files import (
     unlock,
     write_past_page_cache,
 )
-from weightcache.layout import pages
-from weightcache.locks import Flight, Lease, exclusive, leased_models
+from weightcache.layout import PAGE_NBYTES, pages
+from weightcache.locks import Flight, Lease, Precedence, exclusive, leased_models
 from weightcache.manifest import CHUNK_LIMIT_NBYTES, FORMAT_VERSION, Manifest, Shard
 from weightcache.operations import Crew, Failure, HostPlace, Operations, Place, address_of
 from weightcache.tiers.catalogue import Catalogue, CatalogueDamagedError, discard
@@ -256,15 +256,18 @@ class DiskTier:
         with staged(self.staging, nbytes) as (fd, path):
             if not self._reserve(nbytes):
                 return False
-            new = False
+            is_counted = False
             try:
                 stored = self._fill(fd, content, nbytes, checksum)
                 if stored and not self._holds(digest):
                     # Names change in transactions alone, so that who drops a chunk sees its file and its row as one.
                     publish(fd, path, self._path(digest), naming=self._catalogue.transaction())
-                    new = self._enter(digest, fd, len(content), checksum)
+                    is_counted = self._enter(digest, fd, len(content), checksum)
+            except OSError:
+                is_counted = not path.exists()  # it has its name: whoever clears it away counts it off
+                raise
             finally:
-                if not new:
+                if not is_counted:
                     self._catalogue.add("used_bytes", -nbytes)
         return stored
 
@@ -290,14 +293,17 @@ class DiskTier:
         """Write padded content into a staged file, unless it no longer has its checksum."""
         if not hasattr(self._bounce, "memory"):
             self._bounce.memory = _engine.Memory(CHUNK_LIMIT_NBYTES)
-        bounce = memoryview(self._bounce.memory)[:nbytes]
-        # The content's owner may write into it at any time, so what is checked and stored is a copy.
-        np.copyto(np.frombuffer(bounce, np.uint8)[: len(content)], np.frombuffer(content, np.uint8))
-        bounce[len(content) :] = bytes(nbytes - len(content))
-        if checksum(bounce[: len(content)]) != expected:
+        # Whole pages go from where they lie, when that is at a page; the rest by a buffer that is.
+        n_direct = len(content) // PAGE_NBYTES * PAGE_NBYTES if address_of(content) % PAGE_NBYTES == 0 else 0
+        rest = memoryview(self._bounce.memory)[: nbytes - n_direct]
+        np.copyto(np.frombuffer(rest, np.uint8)[: len(content) - n_direct], np.frombuffer(content, np.uint8)[n_direct:])
+        rest[len(content) - n_direct :] = bytes(nbytes - len(content))
+        write_past_page_cache(fd, content[:n_direct], rest)
+        # The content's owner may write into it at any time: what is still right afterwards was right meanwhile. Who
+        # changes it and changes it back stores rot, which the checksum shows when it is read.
+        if checksum(content) != expected:
             log.info("a chunk was written into before it was stored; it is not cached")
             return False
-        write_past_page_cache(fd, bounce)
         return True
 
     def _enter(self, digest: Digest, fd: int, nbytes: int, expected: int) -> bool:
@@ -402,6 +408,9 @@ class DiskTier:
 
     def flight(self) -> Flight:
         return Flight(self.root / "flight")
+
+    def precedence(self) -> Precedence:
+        return Precedence(self.root / "precedence.lock")
 
     # -- budget
 
