@@ -30,8 +30,15 @@ class Behind:
         """Have work done behind. Its errors are its own; what escapes is logged. Not after `seal`."""
         with self._lock:
             self._pending += 1
-        held = [arguments]  # popped, so that memory is let go of before the work counts as done, not a moment later
-        future = self._writers.submit(lambda: work(*held.pop()))
+        held = [(work, arguments)]
+
+        def step() -> None:
+            # Popped, so that the memory they lead to is let go of before the work counts as done, not a moment later.
+            work, arguments = held.pop()
+            work(*arguments)
+
+        del work, arguments
+        future = self._writers.submit(step)
         future.add_done_callback(self._done)
         return future
 
