@@ -60,10 +60,9 @@ def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def nothing_leaks(tmp_path: Path) -> Iterator[None]:
     """Fail a test that leaves files under tmp_path open or threads of its own running."""
-    known = set(threading.enumerate())  # what an earlier test left is that test's failure
     yield
     deadline_s = time.monotonic() + LEAK_TIMEOUT_S
-    while (leaks := _open_files(tmp_path) + _own_threads(known)) and time.monotonic() < deadline_s:
+    while (leaks := _open_files(tmp_path) + _own_threads()) and time.monotonic() < deadline_s:
         time.sleep(0.01)
     assert not leaks, f"still there {LEAK_TIMEOUT_S} s after the test: {leaks}"
 
@@ -81,7 +80,7 @@ def _open_files(folder: Path) -> list[str]:
     return paths
 
 
-def _own_threads(known: set[threading.Thread]) -> list[str]:
-    """Return the names of weightcache's threads that are neither known nor the process's, but a test's."""
-    names = [thread.name for thread in threading.enumerate() if thread not in known]
+def _own_threads() -> list[str]:
+    """Return the names of weightcache's threads that are not the process's but a test's."""
+    names = [thread.name for thread in threading.enumerate()]
     return [name for name in names if name.startswith("weightcache-") and not name.startswith(PROCESS_WIDE_THREADS)]

@@ -39,8 +39,6 @@ TIMEOUT_S = 8.0
 HANG_S = 2 * TIMEOUT_S  # a load that takes longer has forgotten its deadline
 MAX_GROWTH_BYTES = 64 * MIB + 8 * MIB  # G21, and the image and what is being received
 
-CANNOT_RUN_YET: set[str] = set()
-
 NAMES = ("bucket/model", "model.safetensors", "evil.safetensors", r"a\x00b")  # one of them stands in every error
 FINAL = ("AccessDeniedError", "ModelNotFoundError")  # asked for once
 
@@ -326,8 +324,6 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[st
 def site(
     row: Row, folder: Path, certificates: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Site]:
-    if row.wire in CANNOT_RUN_YET:
-        pytest.skip(f"{row.wire} cannot be configured yet")
     monkeypatch.setenv("WEIGHTCACHE_RANGE_BYTES", "1MiB")
     monkeypatch.setenv("WEIGHTCACHE_CONNECTIONS", "1")
     monkeypatch.setenv("WEIGHTCACHE_REQUEST_TIMEOUT_S", str(REQUEST_TIMEOUT_S))
