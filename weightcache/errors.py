@@ -155,6 +155,34 @@ class CacheFormatError(WeightcacheError):
     exit_code = 11
 
 
+class RegistryFormatError(WeightcacheError):
+    """A registry written in a format this version does not know; it is left untouched."""
+
+    code = "registry-format"
+    exit_code = 11
+
+
+class ResidencyError(WeightcacheError):
+    """A residency policy forbids bytes to go there, or does not show that it allows it."""
+
+    code = "residency"
+    exit_code = 13
+
+
+class SignatureError(WeightcacheError):
+    """A revision that is not signed as the trust policy demands, or older than what was seen before."""
+
+    code = "signature"
+    exit_code = 14
+
+
+class ConflictError(WeightcacheError):
+    """Something in a registry that another publisher changed meanwhile."""
+
+    code = "conflict"
+    exit_code = 15
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ` (did you mean …?)` for the known name closest to `name`, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
