@@ -1,11 +1,12 @@
-"""Own what property tests draw: tensors in a row, shards cut from them, whole manifests.
+"""Own what property tests draw: tensors in a row, shards cut from them, whole manifests; sites and residency policies.
 
 Never draws content: sizes and dtypes are all that the pure layers look at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -16,6 +17,18 @@ from weightcache.header import TensorEntry
 from weightcache.manifest import Manifest, Role, Shard
 
 DTYPES = ("U8", "BOOL", "F4", "BF16", "F32", "F64", "C64")
+
+# Few names, so that policies meet sites; an empty one is not known.
+SITE_NAMES: Mapping[str, Sequence[str]] = {
+    "provider": ("", "aws", "r2", "tigris"),
+    "region": ("", "eu", "eu-west-1", "eu-west-10", "eu-west-2", "us-east-1"),
+    "jurisdiction": ("", "ch", "eu", "us"),
+}
+POLICY_NAMES: Mapping[str, Sequence[str]] = {
+    "providers": ("aws", "r2", "tigris"),
+    "regions": ("eu", "eu-west-1", "us-east-1", "eu*", "eu-*", "eu-west-1*", "us-*"),
+    "jurisdictions": ("ch", "eu", "us"),
+}
 
 # A loaded machine is no fault of what is drawn.
 examples = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
@@ -60,3 +73,15 @@ def manifests(draw: st.DrawFn, limit: int) -> Manifest:
     """Draw a model of a few files whose chunks are cut at `limit`."""
     n_shards = draw(st.integers(1, 2))
     return Manifest.plain([draw(shards(f"file{number}", limit)) for number in range(n_shards)])
+
+
+site_forms = st.fixed_dictionaries({kind: st.sampled_from(names) for kind, names in SITE_NAMES.items()})
+_places = st.fixed_dictionaries(
+    {}, optional={kind: st.lists(st.sampled_from(names), min_size=1) for kind, names in POLICY_NAMES.items()}
+).filter(bool)
+policy_forms = st.fixed_dictionaries({}, optional={"allow": _places, "deny": _places})
+# Often one site and a rule that allows it: each policy by itself refuses half of all sites.
+HOME = {"provider": "aws", "region": "eu-west-1", "jurisdiction": "eu"}
+_every_site = [dict(zip(SITE_NAMES, names, strict=True)) for names in product(*SITE_NAMES.values())]
+sites = st.sampled_from([HOME] * 2 * len(_every_site) + _every_site)
+rules = st.one_of(st.just({}), st.just({}), st.just({"allow": {"jurisdictions": ["eu"]}}), policy_forms)

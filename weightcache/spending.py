@@ -2,21 +2,16 @@
 
 Never fails a load, and never holds a secret: what cannot be written is logged once, and left out of the sums.
 
-    ledger/YYYY-MM.jsonl        the loads of one month (UTC), a JSON object a line; at most 64 MiB
-
-Lines are appended by single writes, so processes need no lock. Nothing is synced: a power cut may cost the last of them.
+    ledger/YYYY-MM.jsonl        the loads of one month (UTC), a JSON object a line; see journal.py
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import logging
 import math
-import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,21 +19,16 @@ from typing import Any
 
 from weightcache import meters
 from weightcache.config import read_settings
-from weightcache.errors import CapacityError, ConfigError, nearest
+from weightcache.errors import ConfigError, nearest
+from weightcache.journal import Journal, as_count, as_text
 from weightcache.ledger import COUNTS, Ledger
-from weightcache.prices import Overrides, cost_usd, egress_usd, price_of
+from weightcache.prices import Price, cost_usd, egress_usd
 from weightcache.report import Report
 
-log = logging.getLogger(__name__)
-
 LINE_VERSION = 1
-MONTH_LIMIT_NBYTES = 64 << 20  # some 150,000 loads
-LINE_LIMIT_NBYTES = 1 << 16
 KINDS = ("replica", "model", "month")
 _DAY_S = 86400
 _UNITS_S = {"h": 3600, "d": _DAY_S, "w": 7 * _DAY_S}
-
-_told: set[Path] = set()  # ledgers that could not be written; a path is added under the GIL
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,27 +77,15 @@ class Entry:
         if form["v"] != LINE_VERSION:
             raise ValueError(f"version {form['v']!r}")
         return cls(
-            time_s=datetime.fromisoformat(_text(form["time"])).timestamp(),
-            uri=_text(form["uri"]),
-            provider=_text(form["provider"]),
-            prices=_text(form["prices"]),
-            ledger=Ledger(_text(form["replica"]), **{name: _count(form.get(name, 0)) for name in COUNTS}),
+            time_s=datetime.fromisoformat(as_text(form["time"])).timestamp(),
+            uri=as_text(form["uri"]),
+            provider=as_text(form["provider"]),
+            prices=as_text(form["prices"]),
+            ledger=Ledger(as_text(form["replica"]), **{name: as_count(form.get(name, 0)) for name in COUNTS}),
             usd=_amount(form["usd"]),
-            saved_bytes=_count(form["saved_bytes"]),
+            saved_bytes=as_count(form["saved_bytes"]),
             saved_usd=_amount(form["saved_usd"]),
         )
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError("not text")
-    return value
-
-
-def _count(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError("not a count")
-    return value
 
 
 def _amount(value: object) -> float:
@@ -116,12 +94,21 @@ def _amount(value: object) -> float:
     return float(value)
 
 
-def bill(uri: str, ledgers: Sequence[Ledger], saved_bytes: int, overrides: Overrides, now_s: float) -> list[Entry]:
-    """Price what a load asked for: an entry for each replica that was asked for anything."""
+_JOURNAL = Journal("ledger", "what loads cost", Entry.from_line)
+
+
+def bill(
+    uri: str, ledgers: Sequence[Ledger], saved_bytes: int, price_of: Callable[[str], Price], now_s: float
+) -> list[Entry]:
+    """Price what a load asked for: an entry for each replica that was asked for anything.
+
+    Args:
+        price_of: Returns the price of a replica's place.
+    """
     entries: list[Entry] = []
     for ledger in ledgers:
         if ledger.n_requests:
-            price = price_of(ledger.replica, overrides)
+            price = price_of(ledger.replica)
             saved = 0 if entries else saved_bytes
             usd, saved_usd = cost_usd(ledger, price), egress_usd(saved, price)
             counted = replace(ledger)
@@ -148,59 +135,12 @@ def enter(entries: Sequence[Entry], report: Report) -> None:
 
 def append(root: Path, entries: Sequence[Entry]) -> None:
     """Write entries of one time into the ledger of a cache folder; what goes wrong is logged, once a process."""
-    if not entries:
-        return
-    month = datetime.fromtimestamp(entries[0].time_s, UTC).strftime("%Y-%m")
-    path = root / "ledger" / f"{month}.jsonl"
-    try:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        _append(path, b"".join(entry.to_line() for entry in entries))
-    except OSError as exc:
-        if path not in _told:
-            _told.add(path)
-            log.warning("what loads cost is not kept in %s: %s", path, exc.strerror or exc)
-
-
-def _append(path: Path, lines: bytes) -> None:
-    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        nbytes = os.fstat(fd).st_size
-        if nbytes + len(lines) > MONTH_LIMIT_NBYTES:
-            raise OSError(f"it has {nbytes} bytes, the most it may have is {MONTH_LIMIT_NBYTES}; move it away")
-        if nbytes and os.pread(fd, 1, nbytes - 1) != b"\n":
-            lines = b"\n" + lines  # so that a line that was torn spoils no other
-        n_written = os.write(fd, lines)
-        if n_written != len(lines):
-            raise OSError(f"{n_written} bytes of {len(lines)} were written")
-    finally:
-        os.close(fd)
+    _JOURNAL.append(root, entries)
 
 
 def read(root: Path, since_s: float = 0.0) -> Iterator[Entry]:
     """Yield the entries of a cache folder from a moment on; lines that are torn or foreign are left out, with a warning."""
-    first = datetime.fromtimestamp(since_s, UTC).strftime("%Y-%m")
-    for path in sorted((root / "ledger").glob("????-??.jsonl")):
-        if path.stem < first:
-            continue
-        n_foreign = 0
-        for line in _lines(path):
-            try:
-                entry = Entry.from_line(line)
-            except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
-                n_foreign += bool(line.strip())
-                continue
-            if entry.time_s >= since_s:
-                yield entry
-        if n_foreign:
-            log.warning("%d lines of %s cannot be read and are left out of the sums", n_foreign, path)
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    try:
-        with path.open("rb") as file:
-            yield from iter(functools.partial(file.readline, LINE_LIMIT_NBYTES), b"")
-    except OSError as exc:
-        raise CapacityError(f"the ledger {path} cannot be read: {exc.strerror}", path=str(path)) from exc
+    return _JOURNAL.read(root, since_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
-import os
-import subprocess
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from weightcache import spending
-from weightcache.errors import CapacityError, ConfigError
+from weightcache.errors import ConfigError
 from weightcache.ledger import Ledger
-from weightcache.prices import CONFIGURED, LISTED, UNPRICED
+from weightcache.prices import CONFIGURED, LISTED, UNPRICED, Price, price_of
 from weightcache.report import Report
 from weightcache.spending import Cost, Entry, append, bill, cost, enter, read, read_since
 
@@ -24,15 +19,6 @@ URI = "s3://bucket/model"
 NOVEMBER_S = datetime(2026, 11, 26, 12, tzinfo=UTC).timestamp()
 OCTOBER_S = datetime(2026, 10, 1, tzinfo=UTC).timestamp()
 ENTRY = Entry(NOVEMBER_S, URI, "aws", LISTED, Ledger("s3://bucket", 1, 2, 3, 4, 5, 6), 0.25, 7, 0.5)
-N_APPENDED = 500
-APPENDER = """
-import dataclasses, sys
-from pathlib import Path
-from weightcache.ledger import Ledger
-from weightcache.spending import Entry, append
-for number in range(int(sys.argv[2])):
-    append(Path(sys.argv[1]), [Entry(1e9, sys.argv[3] * 100, "aws", "", Ledger("r", n_gets=1), 0.0)])
-"""
 
 
 @pytest.fixture
@@ -40,11 +26,6 @@ def root(tmp_path: Path) -> Path:
     """The cache folder, which is there."""
     (tmp_path / "cache").mkdir(mode=0o700)
     return tmp_path / "cache"
-
-
-@pytest.fixture(autouse=True)
-def untold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spending, "_told", set())
 
 
 def november(root: Path) -> Path:
@@ -56,15 +37,19 @@ def november(root: Path) -> Path:
 
 def test_replica_that_was_asked_is_billed() -> None:
     ledgers = [Ledger("s3://unused"), Ledger("s3://bucket", n_gets=1000, received_bytes=10**9)]
-    [entry] = bill(URI, ledgers, 2 * 10**9, {}, NOVEMBER_S)
+    [entry] = bill(URI, ledgers, 2 * 10**9, listed, NOVEMBER_S)
     assert (entry.uri, entry.provider, entry.prices, entry.ledger) == (URI, "aws", LISTED, ledgers[1])
     assert entry.usd == pytest.approx(0.09 + 0.0004)
     assert (entry.saved_bytes, entry.saved_usd) == (2 * 10**9, pytest.approx(0.18))
 
 
+def listed(place: str) -> Price:
+    return price_of(place, {})
+
+
 def test_saved_bytes_are_billed_once() -> None:
     ledgers = [Ledger("s3://bucket", n_lists=1), Ledger("https://t3.storage.dev/bucket", n_gets=1)]
-    assert [(entry.provider, entry.saved_bytes) for entry in bill(URI, ledgers, 8, {}, NOVEMBER_S)] == [
+    assert [(entry.provider, entry.saved_bytes) for entry in bill(URI, ledgers, 8, listed, NOVEMBER_S)] == [
         ("aws", 8),
         ("tigris", 0),
     ]
@@ -72,7 +57,7 @@ def test_saved_bytes_are_billed_once() -> None:
 
 def test_bill_does_not_change_with_its_ledger() -> None:
     ledger = Ledger("s3://bucket", n_gets=1)
-    [entry] = bill(URI, [ledger], 0, {}, NOVEMBER_S)
+    [entry] = bill(URI, [ledger], 0, listed, NOVEMBER_S)
     ledger.n_gets = 2
     assert entry.ledger.n_gets == 1
 
@@ -131,30 +116,6 @@ def test_line_says_what_it_holds(root: Path) -> None:
     }
 
 
-def test_g24_ledger_is_its_owners_alone(root: Path) -> None:
-    before = os.umask(0)
-    try:
-        append(root, [ENTRY])
-    finally:
-        os.umask(before)
-    assert (november(root).stat().st_mode & 0o777, november(root).parent.stat().st_mode & 0o777) == (0o600, 0o700)
-
-
-def test_nothing_is_written_for_nothing(root: Path) -> None:
-    append(root, [])
-    assert list(root.iterdir()) == []
-
-
-def test_torn_line_spoils_no_other(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    append(root, [ENTRY])
-    with november(root).open("ab") as file:
-        file.write(ENTRY.to_line()[:40])
-    append(root, [ENTRY])
-    assert list(read(root)) == [ENTRY, ENTRY]
-    [record] = caplog.records
-    assert record.message == f"1 lines of {november(root)} cannot be read and are left out of the sums"
-
-
 FOREIGN = [
     b"",
     b"not JSON",
@@ -189,46 +150,6 @@ def test_foreign_line_is_left_out(root: Path, line: bytes) -> None:
 def test_counts_of_an_older_line_that_lacks_some_are_0() -> None:
     line = ENTRY.to_line().replace(b'"n_hedges":4,', b"")
     assert Entry.from_line(line).ledger == Ledger("s3://bucket", 1, 2, 3, 0, 5, 6)
-
-
-def test_month_that_is_full_takes_no_more_and_says_so_once(
-    root: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(spending, "MONTH_LIMIT_NBYTES", 2 * len(ENTRY.to_line()))
-    for _ in range(5):
-        append(root, [ENTRY])
-    assert list(read(root)) == [ENTRY, ENTRY]
-    [record] = caplog.records
-    assert f"{november(root)}: it has {2 * len(ENTRY.to_line())} bytes" in record.message
-
-
-def test_ledger_that_cannot_be_written_is_said_once(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (root / "ledger").write_text("a file")
-    for _ in range(3):
-        append(root, [ENTRY])
-    assert [record.levelno for record in caplog.records] == [logging.WARNING]
-
-
-def test_ledger_is_no_link(root: Path, tmp_path: Path) -> None:
-    (root / "ledger").mkdir()
-    november(root).symlink_to(tmp_path / "elsewhere")
-    append(root, [ENTRY])
-    assert not (tmp_path / "elsewhere").exists()
-
-
-def test_ledger_that_cannot_be_read_is_an_error(root: Path) -> None:
-    november(root).mkdir(parents=True)
-    with pytest.raises(CapacityError, match=f"{november(root)} cannot be read"):
-        list(read(root))
-
-
-def test_processes_append_at_the_same_time(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    command = [sys.executable, "-c", APPENDER, str(root), str(N_APPENDED)]
-    writers = [subprocess.Popen([*command, name]) for name in "ab"]
-    assert [writer.wait(60) for writer in writers] == [0, 0]
-    uris = [entry.uri for entry in read(root)]
-    assert sorted(uris) == ["a" * 100] * N_APPENDED + ["b" * 100] * N_APPENDED
-    assert caplog.records == []
 
 
 # -- sums
