@@ -11,17 +11,22 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from weightcache.errors import ConfigError, nearest
-from weightcache.prices import KEYS, PROVIDERS, Overrides, is_host
+from weightcache.errors import ConfigError
+from weightcache.prices import Overrides, read_overrides
+from weightcache.residency import Policy, Site
+from weightcache.stores import Store, read_node, read_site, read_stores
+from weightcache.tables import Reader, Unshown, read_flag, read_table
 
 MIB = 1 << 20
+ENVIRONMENT = "the environment"
 ENVIRONMENT_PREFIX = "WEIGHTCACHE_"
-FILE_ONLY = frozenset({"max_bytes_per_s", "redirect_hosts"})
-PRICES = "prices"
+FILE_ONLY = frozenset({"attempts", "max_bytes_per_s", "redirect_hosts"})
 _UNITS = {
     "": 1,
     "k": 10**3,
@@ -39,7 +44,7 @@ _UNITS = {
 class Settings:
     """Everything that can be set. Names of TOML keys and, in capitals after WEIGHTCACHE_, of the environment.
 
-    Tables stand in the TOML file alone.
+    Tables stand in the TOML file alone; but WEIGHTCACHE_NODE is this node's place, `provider/region/jurisdiction`.
 
     Attributes:
         dir: The cache folder, on a local file system.
@@ -52,7 +57,7 @@ class Settings:
         redirect_hosts: Hosts that an origin may redirect to, beside itself; they get no credentials. In the file only.
         range_bytes: Largest range of one request; 8 to 16 MiB is where object stores are efficient.
         threads: Threads that read and verify; 0 means the processors this process may use, between 2 and 8.
-        attempts: Most tries of one request.
+        attempts: Most tries of one request. In the file only.
         request_timeout_s: Longest silence on a connection before its request counts as failed; less than 1 KiB/s is
             silence.
         timeout_s: Longest time a whole load may take; 0 means no limit.
@@ -60,6 +65,9 @@ class Settings:
             available. Freed memory kept for the next load is at most an eighth of that, and no more than this.
         libcuda: The driver to open; another one is for tests.
         prices: A table for each provider or host whose prices are not those of `weightcache.prices`.
+        node: Where this node is, by `[node]`.
+        policy: Where this node's bytes may lie and come from, by `[node]`.
+        stores: What logical names stand for, by `[stores.<name>]`.
     """
 
     dir: Path
@@ -76,32 +84,64 @@ class Settings:
     host_budget_bytes: int = 0
     libcuda: str = "libcuda.so.1"
     prices: Overrides = field(default_factory=dict)
+    node: Site = field(default_factory=Site)
+    policy: Policy = field(default_factory=Policy)
+    stores: Mapping[str, Store] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """The settings of a process, and where they are from.
+
+    Attributes:
+        file: The file that was read; None if there is none.
+        settings: What holds.
+        sources: For each setting that differs from its default, where it is from.
+    """
+
+    file: Path | None
+    settings: Settings
+    sources: Mapping[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        settings = self.settings
+        told = {name: getattr(settings, name) for name in self.sources if name not in ("node", "policy", "stores")}
+        values = {name: {"value": _plain(value), "from": self.sources[name]} for name, value in told.items()}
+        stores = {name: store.as_dict(settings.prices) for name, store in settings.stores.items()}
+        node, policy = asdict(settings.node), settings.policy.to_form()
+        file = None if self.file is None else str(self.file)
+        return {"file": file, "settings": values, "node": node, "policy": policy, "stores": stores}
 
 
 def read_settings(environment: Mapping[str, str] | None = None) -> Settings:
-    """Read the settings of this process.
+    """Read the settings of this process; see `read_configuration`."""
+    return read_configuration(environment).settings
+
+
+def read_configuration(environment: Mapping[str, str] | None = None, file: Path | None = None) -> Configuration:
+    """Read the settings of this process, and where they are from.
 
     Args:
         environment: Used in place of the process environment.
+        file: Read in place of the one that the environment names, or the usual one.
 
     Raises:
         ConfigError: A file, name or value that cannot be used.
     """
     env = os.environ if environment is None else environment
     home = Path(env.get("HOME") or "~").expanduser()
-    settings = Settings(dir=_folder(env.get("XDG_CACHE_HOME"), home / ".cache") / "weightcache")
-    named = env.get(ENVIRONMENT_PREFIX + "CONFIG")
+    default = Settings(dir=_folder(env.get("XDG_CACHE_HOME"), home / ".cache") / "weightcache")
+    named = file or env.get(ENVIRONMENT_PREFIX + "CONFIG")
     path = Path(named) if named else _folder(env.get("XDG_CONFIG_HOME"), home / ".config") / "weightcache.toml"
-    if named or path.is_file():
-        given = dict(_read_toml(path))
-        settings = replace(settings, prices=_read_prices(given.pop(PRICES, {}), str(path)))
-        settings = _apply(settings, given, str(path), lambda name: name, tables=[PRICES])
-    overrides = {
-        name.removeprefix(ENVIRONMENT_PREFIX).lower(): value
-        for name, value in env.items()
-        if name.startswith(ENVIRONMENT_PREFIX) and name != ENVIRONMENT_PREFIX + "CONFIG" and value != ""
-    }
-    return _apply(settings, overrides, "the environment", lambda name: ENVIRONMENT_PREFIX + name.upper())
+    is_read = bool(named) or path.is_file()
+    values = _read_file(path) if is_read else {}
+    sources = dict.fromkeys(values, str(path))
+    given = _read_environment(env)
+    sources |= dict.fromkeys(given, ENVIRONMENT)
+    settings = replace(default, **values | given)
+    changed = {name: source for name, source in sources.items() if getattr(settings, name) != getattr(default, name)}
+    return Configuration(path if is_read else None, settings, changed)
 
 
 def _folder(named: str | None, default: Path) -> Path:
@@ -119,81 +159,44 @@ def _read_toml(path: Path) -> Mapping[str, object]:
         raise ConfigError(f"the configuration {path} is not TOML: {exc}", path=str(path)) from exc
 
 
-def _apply(
-    settings: Settings,
-    given: Mapping[str, object],
-    source: str,
-    spell: Callable[[str], str],
-    tables: Sequence[str] = (),
-) -> Settings:
-    known = _READERS
-    values: dict[str, object] = {}
-    for name, value in given.items():
-        if name in FILE_ONLY and spell(name) != name:
-            raise ConfigError(
-                f"setting {spell(name)!r} in {source}: {name} is set in the configuration file", setting=name
-            )
-        if name not in known:
-            close = nearest(spell(name), [spell(each) for each in (*known, *tables)])
-            raise ConfigError(f"unknown setting {spell(name)!r} in {source}{close}", setting=name, source=source)
-        try:
-            values[name] = known[name](value)
-        except (TypeError, ValueError) as exc:
-            raise ConfigError(
-                f"setting {spell(name)!r} in {source} is {value!r}: expected {exc}", setting=name, source=source
-            ) from exc
-    return replace(settings, **values)  # type: ignore[arg-type]
+def _read_file(path: Path) -> dict[str, Any]:
+    source = str(path)
+    tables: dict[str, Reader] = {
+        "prices": partial(read_overrides, source=source),
+        "node": partial(read_node, source=source),
+        "stores": partial(read_stores, source=source),
+    }
+    values = read_table(_read_toml(path), "", source, _READERS | tables)
+    if "node" in values:
+        values["node"], values["policy"] = values["node"]
+    return values
 
 
-def _read_prices(given: object, source: str) -> Overrides:
-    """Read `[prices.<provider or host>]` tables."""
-    prices: dict[str, dict[str, float]] = {}
-    for name, table in _table(given, PRICES, source).items():
-        spelled = f"{PRICES}.{name}"
-        if name not in PROVIDERS and not is_host(name):
-            close = nearest(name, PROVIDERS)
-            raise ConfigError(
-                f"unknown provider {spelled!r} in {source}{close}: expected {', '.join(PROVIDERS)} or a host, as in "
-                '[prices."minio.example.com"]',
-                setting=spelled,
-                source=source,
-            )
-        for key, value in _table(table, spelled, source).items():
-            if key not in KEYS:
-                raise ConfigError(
-                    f"unknown setting {f'{spelled}.{key}'!r} in {source}{nearest(key, KEYS)}",
-                    setting=f"{spelled}.{key}",
-                    source=source,
-                )
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 10**6:
-                raise ConfigError(
-                    f"setting {f'{spelled}.{key}'!r} in {source} is {value!r}: expected a number of USD",
-                    setting=f"{spelled}.{key}",
-                    source=source,
-                )
-            prices.setdefault(name.lower(), {})[key] = float(value)
-    return prices
+def _read_environment(env: Mapping[str, str]) -> dict[str, Any]:
+    given = {
+        name.upper(): value
+        for name, value in env.items()
+        if name.startswith(ENVIRONMENT_PREFIX) and name != ENVIRONMENT_PREFIX + "CONFIG" and value != ""
+    }
+    readers = _READERS | dict.fromkeys(FILE_ONLY, _refuse) | {"node": read_site}
+    spelled = {ENVIRONMENT_PREFIX + name.upper(): reader for name, reader in readers.items()}
+    values = read_table(given, "", ENVIRONMENT, spelled)
+    return {name.removeprefix(ENVIRONMENT_PREFIX).lower(): value for name, value in values.items()}
 
 
-def _table(value: object, name: str, source: str) -> Mapping[str, object]:
-    if not isinstance(value, dict):
-        raise ConfigError(f"setting {name!r} in {source} is {value!r}: expected a table", setting=name, source=source)
-    return value
+def _refuse(value: object) -> None:
+    raise Unshown("this is set in the configuration file")
+
+
+def _plain(value: object) -> object:
+    """Return a setting's value as JSON can hold it."""
+    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
 
 
 def _read_path(value: object) -> Path:
     if not isinstance(value, str) or not value:
         raise ValueError("a folder")
     return Path(value).expanduser().absolute()
-
-
-def _read_flag(value: object) -> bool:
-    words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-    if isinstance(value, bool):
-        return value
-    if not isinstance(value, str) or value.lower() not in words:
-        raise ValueError("true or false")
-    return words[value.lower()]
 
 
 def _read_count(low: int, high: int) -> Callable[[object], int]:
@@ -245,9 +248,9 @@ def _read_range_bytes(value: object) -> int:
     return nbytes
 
 
-_READERS: Mapping[str, Callable[[object], object]] = {
+_READERS: dict[str, Reader] = {
     "dir": _read_path,
-    "offline": _read_flag,
+    "offline": read_flag,
     "disk_budget_bytes": read_bytes,
     "connections": _read_count(1, 512),
     "max_bytes_per_s": read_bytes,

@@ -9,8 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from weightcache.config import FILE_ONLY, MIB, Settings, read_bytes, read_settings
+from weightcache.config import FILE_ONLY, MIB, Configuration, Settings, read_bytes, read_configuration, read_settings
 from weightcache.errors import ConfigError
+from weightcache.residency import Policy, Site
+from weightcache.stores import Replica, Store
+
+TABLES = ("prices", "policy", "stores")
+N_ENVIRONMENT_NAMES = 12  # as the design allows
 
 
 @pytest.fixture
@@ -63,9 +68,9 @@ def test_every_setting_is_read_from_the_environment(home: dict[str, str]) -> Non
         "connections": ("512", 512),
         "range_bytes": ("1048576", MIB),
         "threads": ("64", 64),
-        "attempts": ("10", 10),
         "request_timeout_s": ("0.25", 0.25),
         "timeout_s": ("1e3", 1000.0),
+        "node": ("aws/eu-central-1/EU", Site("aws", "eu-central-1", "eu")),
     }
     environment = {f"WEIGHTCACHE_{name.upper()}": text for name, (text, _) in values.items()}
     settings = read_settings({**home, **environment})
@@ -73,13 +78,22 @@ def test_every_setting_is_read_from_the_environment(home: dict[str, str]) -> Non
 
 
 def test_every_setting_but_tables_can_be_set_in_the_environment(home: dict[str, str]) -> None:
+    n_names = 1  # WEIGHTCACHE_CONFIG
     for field in dataclasses.fields(Settings):
-        given = {**home, f"WEIGHTCACHE_{field.name.upper()}": "1"} | {"WEIGHTCACHE_RANGE_BYTES": "1MiB"}
-        if field.name in ("prices", *FILE_ONLY):
+        value = "//eu" if field.name == "node" else "1"
+        given = {**home, f"WEIGHTCACHE_{field.name.upper()}": value} | {"WEIGHTCACHE_RANGE_BYTES": "1MiB"}
+        if field.name in (*TABLES, *FILE_ONLY):
             with pytest.raises(ConfigError, match=r"unknown setting|in the configuration file"):
                 read_settings(given)
         else:
-            assert getattr(read_settings(given), field.name) != field.default
+            assert getattr(read_settings(given), field.name) != getattr(read_settings(home), field.name)
+            n_names += 1
+    assert n_names <= N_ENVIRONMENT_NAMES
+
+
+def test_setting_of_the_file_alone_says_so_in_the_environment(home: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"'WEIGHTCACHE_ATTEMPTS' in the environment: .*in the configuration file"):
+        read_settings({**home, "WEIGHTCACHE_ATTEMPTS": "1"})
 
 
 def test_empty_environment_value_counts_as_not_set(home: dict[str, str]) -> None:
@@ -132,8 +146,9 @@ def test_unknown_name_in_the_file_is_an_error_with_the_nearest(home: dict[str, s
         ("connections", "-1"),
         ("connections", "4.0"),
         ("threads", "65"),
-        ("attempts", "0"),
-        ("attempts", "11"),
+        ("node", "aws"),
+        ("node", "aws/eu-central-1/eu/de"),
+        ("node", "aws/eu central/eu"),
         ("offline", "maybe"),
         ("range_bytes", "1MB"),
         ("range_bytes", "65MiB"),
@@ -160,6 +175,11 @@ def test_value_that_cannot_be_honoured_is_an_error(home: dict[str, str], name: s
         'dir = ""',
         "connections = true",
         "connections = [1]",
+        "attempts = 0",
+        "attempts = 11",
+        "node = 5",
+        'node = "aws/eu-central-1/eu"',
+        "stores = []",
         "offline = 1",
         "timeout_s = true",
         "disk_budget_bytes = true",
@@ -189,8 +209,8 @@ def test_prices_are_read_by_provider_and_host(home: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("prices = 5", "setting 'prices' in .* is 5: expected a table"),
-        ("[prices]\naws = 0.09", "setting 'prices.aws' in .* is 0.09: expected a table"),
+        ("prices = 5", "setting 'prices' in .*: expected a table"),
+        ("[prices]\naws = 0.09", "setting 'prices.aws' in .*: expected a table"),
         ("[prices.asw]\negress_usd_per_gb = 0", "unknown provider 'prices.asw' in .*did you mean 'aws'"),
         ('[prices."https://host"]', "unknown provider .* or a host"),
         ("[prices.aws]\negres_usd_per_gb = 0", r"'prices.aws.egres_usd_per_gb' in .*did you mean 'egress_usd_per_gb'"),
@@ -210,6 +230,80 @@ def test_price_that_cannot_be_honoured_is_an_error(home: dict[str, str], text: s
         read_settings(home)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_node_and_stores_are_read(home: dict[str, str]) -> None:
+    write_toml(
+        home,
+        '[node]\nregion = "fra"\nallow = { jurisdictions = ["eu"] }\n[[stores.prod.replicas]]\nurl = "s3://bucket/registry"\n',
+    )
+    settings = read_settings(home)
+    assert settings.node == Site("", "fra", "")
+    assert settings.policy == Policy.from_form({"allow": {"jurisdictions": ["eu"]}}, "")
+    assert settings.stores == {"prod": Store("prod", (Replica("aws", "s3://bucket/registry", site=Site("aws")),))}
+
+
+def test_place_in_the_environment_beats_the_whole_one_of_the_file_and_leaves_its_policy(home: dict[str, str]) -> None:
+    write_toml(home, '[node]\nprovider = "aws"\nregion = "us-east-1"\ndeny = { jurisdictions = ["us"] }')
+    settings = read_settings({**home, "WEIGHTCACHE_NODE": "//eu"})
+    assert settings.node == Site("", "", "eu")
+    assert settings.policy == Policy.from_form({"deny": {"jurisdictions": ["us"]}}, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[node]\nregoin = 'x'", r"unknown setting 'node.regoin' in .*did you mean 'region'"),
+        ("[node]\nregion = 5", "setting 'node.region' in .* is 5: expected a name"),
+        ("[node]\nallow = 5", r"\[node\] of "),
+        ("[store.prod]", "unknown setting 'store' in .*did you mean 'stores'"),
+        ("[stores.prod]", r"\[stores.prod\] in .* has no replicas"),
+    ],
+)
+def test_node_or_store_that_cannot_be_one_is_an_error(home: dict[str, str], text: str, says: str) -> None:
+    path = write_toml(home, text)
+    with pytest.raises(ConfigError, match=says) as caught:
+        read_settings(home)
+    assert str(path) in str(caught.value)
+
+
+def test_configuration_says_what_differs_from_the_defaults_and_where_it_is_from(home: dict[str, str]) -> None:
+    path = write_toml(
+        home,
+        'connections = 5\nthreads = 3\nattempts = 3\nredirect_hosts = ["h"]\n[prices.aws]\negress_usd_per_gb = 0\n[node]\n',
+    )
+    read = read_configuration(
+        {**home, "WEIGHTCACHE_CONNECTIONS": "7", "WEIGHTCACHE_DIR": "/x", "WEIGHTCACHE_NODE": "//eu"}
+    )
+    environment = "the environment"
+    assert read.file == path
+    assert read.sources == {
+        "connections": environment,
+        "threads": str(path),
+        "redirect_hosts": str(path),
+        "prices": str(path),
+        "dir": environment,
+        "node": environment,
+    }
+    told = read.as_dict()
+    assert told["settings"] == {
+        "connections": {"value": 7, "from": environment},
+        "threads": {"value": 3, "from": str(path)},
+        "redirect_hosts": {"value": ["h"], "from": str(path)},
+        "prices": {"value": {"aws": {"egress_usd_per_gb": 0.0}}, "from": str(path)},
+        "dir": {"value": "/x", "from": environment},
+    }
+    assert told["node"] == {"provider": "", "region": "", "jurisdiction": "eu"}
+
+
+def test_configuration_without_a_file_says_so(home: dict[str, str], tmp_path: Path) -> None:
+    assert read_configuration(home) == Configuration(None, Settings(dir=tmp_path / ".cache" / "weightcache"), {})
+
+
+def test_given_file_is_read_in_place_of_the_named_one(home: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("threads = 4")
+    named = {**home, "WEIGHTCACHE_CONFIG": str(tmp_path / "absent.toml")}
+    assert read_configuration(named, tmp_path / "mine.toml").settings.threads == 4
 
 
 @pytest.mark.parametrize("text", ["connections 5", "a = 1\na = 2", b"\xff\xfe"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
+from s3fs import S3FileSystem
 
 from weightcache.errors import ConfigError
 from weightcache.origins.s3 import endpoint_of
+from weightcache.stores import Replica
 
 
 def test_options_come_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,6 +33,33 @@ def test_a_profile_names_its_endpoint(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert endpoint_of({"profile": "tigris"}) == "https://t3.example"
     with pytest.raises(ConfigError, match="nobody"):
         endpoint_of({"profile": "nobody"})
+
+
+def test_configured_endpoints_can_be_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://all")
+    assert endpoint_of({"config_kwargs": {"ignore_configured_endpoint_urls": True}}) == ""
+    monkeypatch.setenv("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "true")
+    assert endpoint_of({}) == ""
+    assert endpoint_of({"endpoint_url": "http://given"}) == "http://given"
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "dialled"), [("", "https://s3.eu-west-1.amazonaws.com"), ("http://given:9000", "http://given:9000")]
+)
+def test_replica_is_where_its_table_says(endpoint: str, dialled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://all")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
+    replica = Replica("r", "s3://bucket/registry", endpoint)
+    assert endpoint_of(replica.options) == endpoint
+
+    async def dialled_by_a_client() -> str:
+        client = await S3FileSystem(asynchronous=True, skip_instance_cache=True, **replica.options).set_session()
+        try:
+            return str(client.meta.endpoint_url)
+        finally:
+            await client.close()
+
+    assert asyncio.run(dialled_by_a_client()) == dialled
 
 
 def test_g27_credentials_in_an_endpoint_are_refused_and_not_repeated() -> None:

@@ -15,8 +15,10 @@ from weightcache.prices import (
     cost_usd,
     egress_usd,
     is_host,
+    month_egress_usd,
     price_of,
     provider_of,
+    terms,
 )
 
 
@@ -77,7 +79,8 @@ def test_what_is_unknown_costs_nothing_and_says_so() -> None:
 
 
 def test_provider_is_priced_as_configured_and_otherwise_as_listed() -> None:
-    assert price_of("s3://bucket", {"aws": {"egress_usd_per_gb": 0.0}}) == Price("aws", 0.0, 0.0004, 0.005, CONFIGURED)
+    price = price_of("s3://bucket", {"aws": {"egress_usd_per_gb": 0.0}})
+    assert price == Price("aws", 0.0, 0.0004, 0.005, CONFIGURED, storage_usd_per_gb_month=0.023)
     assert price_of("gs://bucket", {"aws": {"egress_usd_per_gb": 0.0}}).note == LISTED
 
 
@@ -95,7 +98,47 @@ def test_longest_host_beats_shorter_ones_and_the_provider() -> None:
         "aws": {"egress_usd_per_gb": 0.04, "get_usd_per_1000": 0.4, "list_usd_per_1000": 4.0},
     }
     price = price_of("https://s3.eu-west-1.amazonaws.com/bucket", overrides)
-    assert price == Price("aws", 0.02, 0.3, 4.0, CONFIGURED)
+    assert price == Price("aws", 0.02, 0.3, 4.0, CONFIGURED, storage_usd_per_gb_month=0.023)
+
+
+def test_declared_provider_counts_where_the_place_shows_none() -> None:
+    assert price_of("https://models.example.com/b", {}, "b2") == price_of("https://s3.backblazeb2.com/b", {})
+    assert price_of("https://t3.storage.dev/b", {}, "b2").provider == "tigris"
+    assert price_of("https://models.example.com/b", {}, "home") == Price("home", note=UNPRICED)
+
+
+@pytest.mark.parametrize(
+    ("gb", "usd"),
+    [
+        (0, 0.0),
+        (100, 0.0),
+        (101, 0.09),
+        (10_000, 891.0),
+        (10_001, 891.085),
+        (50_000, 891 + 3400),
+        (150_000, 891 + 3400 + 7000),
+        (150_001, 891 + 3400 + 7000 + 0.05),
+    ],
+)
+def test_egress_of_a_month_goes_through_the_tiers(gb: int, usd: float) -> None:
+    assert month_egress_usd(gb * 10**9, price_of("s3://bucket", {})) == pytest.approx(usd)
+    assert month_egress_usd(gb * 10**9, Price("x", 0.01)) == pytest.approx(gb * 0.01)
+
+
+def test_first_tier_is_what_a_load_is_priced_by() -> None:
+    for provider in PROVIDERS:
+        price = price_of("", {}, provider)
+        paid = [usd for _, usd in price.egress_tiers if usd]
+        assert paid[:1] in ([], [price.egress_usd_per_gb])
+        assert sorted(price.egress_tiers) == list(price.egress_tiers)
+
+
+def test_terms_say_every_price_and_where_it_is_from() -> None:
+    assert terms(price_of("", {}, "azure")) == (
+        "0.018 USD a GB and month; egress 0 USD a GB, 0.087 from 100 GB; 0.0005 USD for 1000 GETs "
+        "(list prices of 2026-11 to the internet)"
+    )
+    assert terms(Price("x", note=UNPRICED)) == UNPRICED
 
 
 @pytest.mark.parametrize("name", ["minio.example.com", "localhost", "127.0.0.1", "::1", "a-b.example.com"])
