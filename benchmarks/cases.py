@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 import engine_cases
 import measuring
 import origin_cases
+import registry_cases
 import safetensors.torch
 import torch
 from images import Image, Piece
@@ -49,7 +50,8 @@ def weightcache(job: Job, *, offline: bool = False) -> Callable[[], Loaded]:
 
         def facts() -> dict[str, Any]:
             image = max(tensor.untyped_storage().nbytes() for tensor in model.values())
-            return {"image_bytes": image, "report": model.report.as_dict()}
+            report = model.report
+            return {"image_bytes": image, "n_requests": report.n_requests, "report": report.as_dict()}
 
         return Loaded(measuring.touch(model), model.wait_stored if job["stores"] else None, facts)
 
@@ -314,6 +316,7 @@ LOADERS: Mapping[str, Loader] = {
         weightcache_hosted,
         *engine_cases.LOADERS,
         *origin_cases.LOADERS,
+        *registry_cases.LOADERS,
     )
 }
 

@@ -5,10 +5,12 @@ Never uploads or loads one.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
 from pathlib import Path
+from random import Random
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
@@ -17,6 +19,7 @@ from models import (
     LLAMA_1B_CONFIG,
     llama_shapes,
     minilm_folder,
+    random_pieces,
     tensor_nbytes,
     write_llama_1b,
     write_many_small,
@@ -25,6 +28,9 @@ from models import (
 )
 
 N_HERD = 8
+TUNED_SHARE = 0.1  # of the bytes of all tensors that a fine-tune changes, at most
+ADAPTER_RANK = 16
+ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj")
 PROCESS_NBYTES = 400 << 20  # a process with torch and the S3 client, generously
 SINGLE_N_TENSORS = {  # of 16 MiB; by model and `quick`
     "single": {False: 120, True: 8},
@@ -45,7 +51,11 @@ class Checkpoints:
         self._quick = quick
 
     def folder_of(self, name: str) -> Path:
-        """Return the folder of a model, written if need be: llama, herd, small, minilm, or a single file."""
+        """Return the folder of a model, written if need be.
+
+        llama, llama-tuned (the same but for TUNED_SHARE of its tensors), llama-adapter (a LoRA of it), herd, small, minilm,
+        or a single file.
+        """
         folder = self._folder / name
         if folder.exists():
             return folder
@@ -58,6 +68,11 @@ class Checkpoints:
             n_tensors = SINGLE_N_TENSORS[name][self._quick]
             shapes = {f"layers.{number:03}.weight": ("BF16", (4096, 2048)) for number in range(n_tensors)}
             write_safetensors(folder / "model.safetensors", shapes)
+        elif name == "llama-tuned":
+            shutil.copytree(self.folder_of("llama"), folder)
+            _tune(folder)
+        elif name == "llama-adapter":
+            _write_adapter(self.folder_of("llama"), folder)
         elif name == "llama" and not self._quick:
             write_llama_1b(folder)
         else:
@@ -78,3 +93,46 @@ class Checkpoints:
             if sum(tensor_nbytes(*shape) for shape in shapes.values()) <= room:
                 break
         return n_layers
+
+
+def _tune(folder: Path) -> None:
+    """Give tensors drawn by lot other bytes, as many as have TUNED_SHARE of all bytes."""
+    tensors = [(path, *entry) for path in sorted(folder.glob("*.safetensors")) for entry in _tensors_of(path)]
+    left = int(TUNED_SHARE * sum(tensor_nbytes(dtype, shape) for _, _, dtype, shape, _ in tensors))
+    Random(0).shuffle(tensors)
+    for path, name, dtype, shape, start in tensors:
+        nbytes = tensor_nbytes(dtype, shape)
+        if nbytes <= left:
+            left -= nbytes
+            with path.open("r+b") as file:
+                file.seek(start)
+                for piece in random_pieces(1, name, dtype, shape):
+                    file.write(piece.data)
+
+
+def _write_adapter(base: Path, folder: Path) -> None:
+    """Write a LoRA of ADAPTED of all layers, as PEFT names it."""
+    folder.mkdir()
+    shapes = {}
+    for path in sorted(base.glob("*.safetensors")):
+        for name, _, shape, _ in _tensors_of(path):
+            if name.split(".")[-2] in ADAPTED:
+                n_out, n_in = shape
+                stem = f"base_model.model.{name.removesuffix('.weight')}"
+                shapes[f"{stem}.lora_A.weight"] = ("F32", (ADAPTER_RANK, n_in))
+                shapes[f"{stem}.lora_B.weight"] = ("F32", (n_out, ADAPTER_RANK))
+    write_safetensors(folder / "adapter_model.safetensors", dict(sorted(shapes.items())))
+    config = {"peft_type": "LORA", "r": ADAPTER_RANK, "target_modules": list(ADAPTED)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def _tensors_of(path: Path) -> list[tuple[str, str, tuple[int, ...], int]]:
+    """Return name, dtype, shape and first byte of each tensor of a file."""
+    with path.open("rb") as file:
+        nbytes = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(nbytes))
+    header.pop("__metadata__", None)
+    return [
+        (name, entry["dtype"], tuple(entry["shape"]), 8 + nbytes + entry["data_offsets"][0])
+        for name, entry in header.items()
+    ]

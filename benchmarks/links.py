@@ -9,6 +9,7 @@ import itertools
 import os
 import select
 import shutil
+import signal
 import subprocess
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -71,6 +72,7 @@ class Link:
         base = f"198.18.{os.getpid() % 256}"
         self._near_address, self.address = f"{base}.{4 * number + 1}", f"{base}.{4 * number + 2}"
         self._held = ExitStack()
+        self._wire: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
         try:
@@ -92,10 +94,32 @@ class Link:
         """Return the command that runs a command behind the link, as the same process."""
         return ["ip", "netns", "exec", self._namespace, *command]
 
+    @property
+    def received_bytes(self) -> int:
+        """What has come over it to this end since it is there, headers of packets included."""
+        return int(Path(f"/sys/class/net/{self._near}/statistics/rx_bytes").read_text())
+
+    def cut(self) -> None:
+        """Let nothing through, in silence, until `mend`."""
+        assert self._wire is not None
+        self._wire.send_signal(signal.SIGSTOP)
+
+    def slow(self, share: float) -> None:
+        """Have a share of its rate, until `mend`."""
+        assert self._wire is not None and self._wire.stdin is not None
+        self._wire.stdin.write(f"{self._shape.mbit * share}\n".encode())
+        self._wire.stdin.flush()
+
+    def mend(self) -> None:
+        """Be as it was."""
+        assert self._wire is not None
+        self._wire.send_signal(signal.SIGCONT)
+        self.slow(1.0)
+
     def _start_wire(self) -> None:
         shape = self._shape
         command = [self._program, self._near, self._namespace, self._far, shape.rtt_ms / 2, shape.mbit, MTU]
-        wire = subprocess.Popen(
+        wire = self._wire = subprocess.Popen(
             [str(each) for each in command],
             stdin=subprocess.PIPE,  # it ends with us
             stdout=subprocess.PIPE,

@@ -128,7 +128,7 @@ def c_client(job: Job) -> Callable[[], Loaded]:
 
 def obstore_ranges(job: Job) -> Callable[[], Loaded]:
     """Receive by obstore's get_range on a thread a connection; its Rust side releases the GIL."""
-    store, prefix = _obstore(job)
+    store, prefix = open_obstore(job)
     options = job["options"]
     image_of = _image_maker(job)
 
@@ -145,8 +145,8 @@ def obstore_ranges(job: Job) -> Callable[[], Loaded]:
     return run
 
 
-def _obstore(job: Job) -> tuple[Any, str]:
-    """Return a store, and what stands before the names of files in it."""
+def open_obstore(job: Job) -> tuple[Any, str]:
+    """Return a store of obstore's, and what stands before the names of files in it."""
     from obstore.store import HTTPStore, S3Store
 
     client = {"allow_http": True, "timeout": OBSTORE_TIMEOUT}
@@ -161,6 +161,7 @@ def _obstore(job: Job) -> tuple[Any, str]:
         access_key_id=options["key"],
         secret_access_key=options["secret"],
         region="us-east-1",
+        unsigned_payload=True,  # what is written is not hashed first, as ours is not
         client_options=client,
     )
     return store, job["prefix"]

@@ -47,6 +47,7 @@ class Row:
         image_nbytes: Of it, the memory the tensors lie in; 0 where not known.
         page_cache: The state found at the start of the last run.
         facts: What the loader said of itself in the last run.
+        spreads: The numbers among the facts, over all runs.
     """
 
     case: str
@@ -58,6 +59,7 @@ class Row:
     image_nbytes: int
     page_cache: str
     facts: Mapping[str, Any] = field(default_factory=dict)
+    spreads: Mapping[str, Spread] = field(default_factory=dict)
 
     @classmethod
     def of(cls, case: str, nbytes: int, results: Sequence[Mapping[str, Any]]) -> Row:
@@ -73,6 +75,11 @@ class Row:
             image_nbytes=last["facts"].get("image_bytes", 0),
             page_cache=last["page_cache"],
             facts=last["facts"],
+            spreads={
+                name: Spread.of([result["facts"][name] for result in results])
+                for name, value in last["facts"].items()
+                if isinstance(value, (int, float))
+            },
         )
 
     @property
@@ -85,22 +92,26 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A number held against its target: the most it may be, or the least where `is_least`."""
+    """A number held against its target: the most it may be, or the least where `is_least`; or told without one."""
 
     what: str
     value: float
-    limit: float
+    limit: float | None = None
     unit: str = ""
     is_least: bool = False
 
     @property
     def passed(self) -> bool:
+        if self.limit is None:
+            return True
         return self.value >= self.limit if self.is_least else self.value <= self.limit
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"unit": self.unit.strip(), "passed": self.passed}
 
     def __str__(self) -> str:
+        if self.limit is None:
+            return f"  told  {self.what}: {self.value:.10g}{self.unit}"
         word, bound = "pass" if self.passed else "MISS", "at least" if self.is_least else "at most"
         return f"  {word}  {self.what}: {self.value:.3f}{self.unit}, target {bound} {self.limit:g}{self.unit}"
 
@@ -172,6 +183,29 @@ def extra_bytes_at_most(ours: str, base: str, most: float) -> Judge:
         return [Verdict(f"bytes of {ours} / {base}, last round", carried / due, 1 + most, "x")]
 
     return judge
+
+
+def told(case: str, fact: str, what: str, unit: str = "") -> Judge:
+    """Tell the median of a number among a case's facts."""
+    return lambda rows: (
+        [Verdict(f"{what} of {case}", rows[case].spreads[fact].median, unit=unit)] if case in rows else []
+    )
+
+
+def fact_at_most(case: str, fact: str, what: str, most: float, unit: str = "") -> Judge:
+    """Hold the highest of a number among a case's facts against a limit."""
+    return lambda rows: (
+        [Verdict(f"{what} of {case}, worst round", rows[case].spreads[fact].high, most, unit)] if case in rows else []
+    )
+
+
+def fact_at_least(case: str, fact: str, what: str, least: float, unit: str = "") -> Judge:
+    """Hold the lowest of a number among a case's facts against a limit."""
+    return lambda rows: (
+        [Verdict(f"{what} of {case}, worst round", rows[case].spreads[fact].low, least, unit, is_least=True)]
+        if case in rows
+        else []
+    )
 
 
 def no_copy(case: str) -> Judge:

@@ -101,6 +101,7 @@ class Web:
 
     Attributes:
         address, port, endpoint: Where it listens; set once it runs.
+        link: What it lies behind, or None.
         authority: The certificate that its clients must trust; empty without TLS.
     """
 
@@ -110,20 +111,21 @@ class Web:
         self._folder = folder
         self._held = ExitStack()
         self._process: subprocess.Popen[bytes] | None = None
+        self.link: Link | None = None
         self.authority = str(folder / "authority.pem") if shape.is_tls else ""
 
     def __enter__(self) -> Self:
         self._folder.mkdir(parents=True)
         try:
-            link = None
             if self._shape.link is not None:
-                link = self._held.enter_context(Link(self._shape.link, self._folder))
-            self.address = link.address if link else LOOPBACK
-            self.port = LINKED_PORT if link else _free_port()
+                self.link = self._held.enter_context(Link(self._shape.link, self._folder))
+            self.address = self.link.address if self.link else LOOPBACK
+            self.port = LINKED_PORT if self.link else _free_port()
             self.endpoint = f"{'https' if self._shape.is_tls else 'http'}://{self.address}:{self.port}"
             if self._shape.is_tls:
                 self._make_certificates()
-            self._start(link)
+            self._held.callback(self._stop)
+            self.start()
         except BaseException:
             self._held.close()
             raise
@@ -149,7 +151,16 @@ class Web:
             "dial_ms": round(1e3 * (time.perf_counter() - began), 2),
         }
 
-    def _start(self, link: Link | None) -> None:
+    def kill(self) -> None:
+        """End it at once, until `start`."""
+        assert self._process is not None
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def start(self) -> None:
+        """Start it, and wait until it answers; does nothing where it runs."""
+        if self._process is not None and self._process.poll() is None:
+            return
         text = CONFIGURATION.format(
             folder=self._folder,
             root=self._root,
@@ -162,9 +173,8 @@ class Web:
         path.write_text(text)
         command = [str(_nginx()), "-p", str(self._folder), "-c", str(path), "-e", str(self._folder / "error.log")]
         self._process = subprocess.Popen(
-            link.inside(command) if link else command, stdin=subprocess.DEVNULL, start_new_session=True
+            self.link.inside(command) if self.link else command, stdin=subprocess.DEVNULL, start_new_session=True
         )
-        self._held.callback(self._stop, self._process)
         deadline_s = time.monotonic() + READY_TIMEOUT_S
         while not _accepts(self.address, self.port):
             if self._process.poll() is not None or time.monotonic() > deadline_s:
@@ -172,13 +182,14 @@ class Web:
                 raise RuntimeError(f"nginx does not answer at {self.endpoint}; its log:\n{said}")
             time.sleep(0.02)
 
-    def _stop(self, process: subprocess.Popen[bytes]) -> None:
-        process.send_signal(signal.SIGTERM)  # the master ends its workers
+    def _stop(self) -> None:
+        if self._process is None:
+            return
+        self._process.send_signal(signal.SIGTERM)  # the master ends its workers
         try:
-            process.wait(END_TIMEOUT_S)
+            self._process.wait(END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            self.kill()
 
     def _make_certificates(self) -> None:
         """Make an authority, which clients trust, and the server's certificate, which that has signed."""

@@ -3,8 +3,9 @@
  *     wire NEAR_DEVICE NAMESPACE FAR_DEVICE ONE_WAY_MS MBIT MTU
  *
  * Makes a TUN device here and one in a namespace made by `ip netns add`, says "ready", and carries packets both ways until
- * its standard input ends. Addresses are given to the devices by whoever started it, see links.py. For kernels without
- * netem. Each direction has a rate of MBIT and a queue of QUEUE_NS before it, whose tail is dropped, as a router's is.
+ * its standard input ends; a line there is another rate, in MBIT. Addresses are given to the devices by whoever started it,
+ * see links.py. For kernels without netem. Each direction has a rate of MBIT and a queue of QUEUE_NS before it, whose tail
+ * is dropped, as a router's is.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -41,7 +42,7 @@ struct direction {
     size_t mtu;
     struct packet packets[N_SLOTS];
     char *bytes; /* N_SLOTS times mtu */
-    pthread_mutex_t lock; /* guards the two counts */
+    pthread_mutex_t lock; /* guards the two counts and ns_per_byte */
     pthread_cond_t filled;
     uint64_t next_in, next_out;
 };
@@ -138,18 +139,25 @@ static int make_device_in(const char *namespace, const char *name)
     return fd;
 }
 
+static void set_rate(struct direction *way, double mbit)
+{
+    pthread_mutex_lock(&way->lock);
+    way->ns_per_byte = 8e3 / mbit;
+    pthread_mutex_unlock(&way->lock);
+}
+
 static void start(struct direction *way, int from_fd, int to_fd, double delay_ms, double mbit, size_t mtu)
 {
     pthread_t thread;
     way->from_fd = from_fd;
     way->to_fd = to_fd;
     way->delay_ns = (int64_t)(delay_ms * 1e6);
-    way->ns_per_byte = 8e3 / mbit;
     way->mtu = mtu;
     way->bytes = malloc(N_SLOTS * mtu);
     if (!way->bytes)
         fail("no memory");
     pthread_mutex_init(&way->lock, NULL);
+    set_rate(way, mbit);
     pthread_cond_init(&way->filled, NULL);
     if ((errno = pthread_create(&thread, NULL, take, way)) || (errno = pthread_create(&thread, NULL, give, way)))
         fail("no thread");
@@ -158,7 +166,7 @@ static void start(struct direction *way, int from_fd, int to_fd, double delay_ms
 int main(int n_arguments, char **arguments)
 {
     static struct direction there, back;
-    char byte;
+    char line[64];
     if (n_arguments != 7) {
         fprintf(stderr, "usage: wire NEAR_DEVICE NAMESPACE FAR_DEVICE ONE_WAY_MS MBIT MTU\n");
         return 2;
@@ -175,7 +183,13 @@ int main(int n_arguments, char **arguments)
     start(&back, far_fd, near_fd, delay_ms, mbit, (size_t)mtu);
     puts("ready");
     fflush(stdout);
-    while (read(STDIN_FILENO, &byte, 1) > 0)
-        ;
+    while (fgets(line, sizeof line, stdin)) {
+        if ((mbit = atof(line)) <= 0) {
+            fprintf(stderr, "wire: expected a rate above 0, got %s", line);
+            return 2;
+        }
+        set_rate(&there, mbit);
+        set_rate(&back, mbit);
+    }
     return 0;
 }

@@ -6,13 +6,14 @@ Never measures: that is the subprocess's, see cases.py. All it makes lies below 
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import math
 import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ from checkpoints import Checkpoints
 from children import Child
 from compiling import compile_program
 from hub import Hub, HubFile
+from regions import STORE, Regions
 from servers import Bucket, Proxy, S3Server
 from web import SOURCES, Web
 
@@ -53,10 +55,14 @@ class Case:
         loader: The function of cases.py.
         source: What it loads from: `folder` (this disk), `tier` (a filled cache folder, the bucket behind it), `origin`
             (the bucket, an empty cache folder), `proxy` (as origin, through the counting proxy), `faults` (as proxy, but
-            FAULTS_SHARE of the requests fail or stall), or one of web.SOURCES (an nginx).
+            FAULTS_SHARE of the requests fail or stall), one of web.SOURCES (an nginx), or `regions` (the model as it is
+            published behind three links; options `replicas`: which of them are known, and `event`: what befalls the
+            nearest half way).
+        to: Where it publishes to what it reads from `folder`: `bucket` (an empty one, of a server of its own, for a
+            server's heap and volumes grow with what it was sent before); empty where it loads.
         page_cache: State of the files it reads from this disk: `cold`, `warm`, or empty where it reads none.
         needs: The module, or the `program` behind a colon, an optional peer needs.
-        options: For the loader, as its part of the job.
+        options: For the loader, as its part of the job. `is_published`: it loads from the registry in the bucket.
     """
 
     name: str
@@ -65,6 +71,7 @@ class Case:
     page_cache: str = ""
     needs: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    to: str = ""
 
     @property
     def is_installed(self) -> bool:
@@ -89,6 +96,7 @@ class Workshop:
         self._held = ExitStack()
         self._seen: dict[str, str] = {}  # fingerprint of each model
         self._webs: dict[str, Web] = {}
+        self._publications: dict[str, Result] = {}
         self._n_faulty_runs = 0
         hide_settings()
         try:
@@ -127,6 +135,14 @@ class Workshop:
     def _hub(self) -> Hub:
         return self._held.enter_context(Hub({}))
 
+    @cached_property
+    def _regions(self) -> Regions:
+        return self._held.enter_context(Regions(self._registry, self.folder / "regions"))
+
+    @property
+    def _registry(self) -> Path:
+        return self.folder / "served" / "registry"
+
     def _web(self, source: str) -> Web:
         """Return the nginx of a source, over the folder of all models, started if need be."""
         if source not in self._webs:
@@ -163,6 +179,22 @@ class Workshop:
             os.sync()
         return uri
 
+    def publish(self, name: str) -> Result:
+        """Publish a model to the registry in the bucket, through the proxy, if it is not there; return how that went."""
+        if name not in self._publications:
+            uri, options = self._published_uri(name), self._server.storage_options(self.proxy.endpoint)
+            self._publications[name] = self._publish(name, uri, options)
+        return self._publications[name]
+
+    def _published_uri(self, name: str) -> str:
+        return f"{self._bucket.url}/registry/{name}@v1"
+
+    def _publish(self, name: str, uri: str, options: Mapping[str, str]) -> Result:
+        job = self._job(Case("", "publish", "folder"), name, self.folder / "caches", self.folder)
+        result = self._carry_out(job | {"destination": uri, "storage_options": options})
+        os.sync()
+        return result
+
     def tensorized(self, name: str) -> str:
         """Return where a model lies in the bucket as tensorizer writes it, serialised and uploaded if need be."""
         key = f"tensorized/{name}.tensors"
@@ -183,12 +215,7 @@ class Workshop:
         cache = self.folder / "caches" / name
         if not cache.exists():
             cache.mkdir(parents=True)
-            with self._child() as child:
-                job = self._job(Case("", "weightcache", "origin"), name, cache, cache)
-                child.tell(job)
-                hear(child)
-                child.tell()
-                self._check(name, hear(child))
+            self._check(name, self._carry_out(self._job(Case("", "weightcache", "origin"), name, cache, cache)))
             os.sync()
         return cache
 
@@ -205,7 +232,33 @@ class Workshop:
         Args:
             cache: The cache folder to use, as it is; without it a filled or an empty one, as the case's source wants.
         """
+        if case.to:
+            return self._run_writing(case, name)
         [result] = self.run_at_once(case, name, 1, cache)
+        return result
+
+    def _run_writing(self, case: Case, name: str) -> Result:
+        """Run a case that publishes a model; what is in the bucket afterwards must be what the other cases put there."""
+        with self._scratch() as scratch, S3Server(scratch / "server") as server, self._child() as child:
+            bucket = server.create_bucket()
+            job = self._job(case, name, scratch / "cache", scratch) | {
+                "destination": f"{bucket.url}/{name}@v1",
+                "bucket": bucket.name,
+                "prefix": "",
+                "storage_options": server.storage_options(),
+            }
+            child.tell(job)
+            hear(child)
+            os.sync()
+            server_began_s = measuring.cpu_s(server.pid)
+            child.tell()
+            result = hear(child)
+            result["facts"]["server_cpu_s"] = measuring.cpu_s(server.pid) - server_began_s
+            pages = bucket.client.get_paginator("list_objects_v2").paginate(Bucket=bucket.name, Prefix="chunks/")
+            written = sorted((entry["ETag"], entry["Size"]) for page in pages for entry in page.get("Contents", ()))
+            result["facts"]["n_objects"] = len(written)
+            result["fingerprint"] = hashlib.sha256(repr(written).encode()).hexdigest()
+        self._check(f"{name} in chunks", result)
         return result
 
     def run_at_once(self, case: Case, name: str, n: int, cache: Path | None = None) -> list[Result]:
@@ -217,8 +270,12 @@ class Workshop:
             if n == 1:
                 job["back_nbytes"] = int(BACKED_SHARE * self.nbytes(name)) + BACKED_NBYTES
             is_proxied = case.source in ("proxy", "faults")
-            busy_s, told = None, {}
-            if case.source == "origin" or is_proxied:
+            busy_s, told, watching = None, {}, nullcontext({})
+            if case.source == "regions":
+                served = measuring.make_warm(measuring.files_below(self._registry))
+                busy_s, told = self._regions.cpu_s, self._regions.describe()
+                watching = self._regions.watching(case.options.get("event", ""), self.nbytes(name) // 2)
+            elif case.source == "origin" or is_proxied:
                 served = measuring.make_warm(list((self.folder / "server").rglob("*.dat")))
                 busy_s = functools.partial(measuring.cpu_s, self._server.pid)
             elif case.source in SOURCES:
@@ -236,9 +293,10 @@ class Workshop:
             carried_before = self.proxy.body_bytes() if is_proxied else 0
             if case.source == "faults":
                 self._script_faults(name)
-            for child in children:
-                child.tell()
-            results = [hear(child) for child in children]
+            with watching as seen:
+                for child in children:
+                    child.tell()
+                results = [hear(child) for child in children]
             server_cpu_s = busy_s() - server_began_s if busy_s is not None else 0.0
             carried = self.proxy.body_bytes() - carried_before if is_proxied else 0
         for result in results:
@@ -246,7 +304,7 @@ class Workshop:
             if busy_s is not None:
                 emptiness = "" if case.source in SOURCES else "cache folder empty; "
                 result["page_cache"] = f"{emptiness}server's files {served}"
-                result["facts"] |= {"server_cpu_s": server_cpu_s, **told}
+                result["facts"] |= {"server_cpu_s": server_cpu_s, **told, **seen}
                 if is_proxied:
                     result["facts"]["proxy_bytes"] = carried
             elif case.source == "tier" and not case.page_cache:
@@ -282,6 +340,15 @@ class Workshop:
     def _child(self) -> Child:
         return Child(CASES)
 
+    def _carry_out(self, job: Mapping[str, Any]) -> Result:
+        """Have a subprocess do a job, as it comes."""
+        with self._child() as child:
+            child.tell(job)
+            hear(child)
+            child.tell()
+            result: Result = hear(child)
+            return result
+
     def _job(self, case: Case, name: str, cache: Path, scratch: Path) -> dict[str, Any]:
         """Return all a subprocess is told."""
         weights = self.weights(name)
@@ -297,7 +364,7 @@ class Workshop:
             "storage_options": {},
             "certificate": "",
             "options": case.options,
-            "stores": case.source in ("origin", "proxy", "faults"),
+            "stores": case.source in ("origin", "proxy", "faults", "regions"),
             "environment": {
                 "WEIGHTCACHE_DIR": str(cache),
                 "AWS_CONFIG_FILE": os.devnull,
@@ -307,6 +374,14 @@ class Workshop:
         }
         if case.source == "folder":
             return job | {"reads": str(self.model(name)) if case.page_cache else ""}
+        if case.source == "regions":
+            if not (self._registry / "models" / name).exists():
+                self._publish(name, f"{self._registry}/{name}@v1", {})
+                self._check(name, self._carry_out(self._job(Case("", "load_file", "folder"), name, cache, scratch)))
+            configuration = scratch / "weightcache.toml"
+            configuration.write_text(self._regions.configuration(case.options["replicas"]))
+            job["environment"] |= {"WEIGHTCACHE_CONFIG": str(configuration)}
+            return job | {"uri": f"wc://{STORE}/{name}@v1"}
         sizes = {path.name: path.stat().st_size for path in weights}
         if case.loader == "c_client":
             job |= {"client": str(compile_program("client", self.folder, is_shared=True))}
@@ -321,7 +396,11 @@ class Workshop:
                 "certificate": web.authority,
                 "storage_options": {"verify": web.authority} if web.authority else {},
             }
-        uri = self.uri(name)
+        if case.options.get("is_published"):
+            self.publish(name)
+            uri = self._published_uri(name)
+        else:
+            uri = self.uri(name)
         endpoint = self.proxy.endpoint if case.source in ("proxy", "faults") else None
         job |= {
             "reads": str(cache) if case.page_cache else "",

@@ -17,6 +17,8 @@ head, for clients take half a head for a whole one):
     hold      stop half way, until `release()`; then send the rest
     whole     ask the server without the Range: 200 and the whole object
     shift     ask the server for the range one byte later; the Content-Range says so
+    blind     pass on without If-Match and If-None-Match, as a store that knows no conditions
+    picky     501 to a request that has one of them, as another such store; else ok
     slow:64   at most 64 KiB/s of body
 """
 
@@ -36,13 +38,16 @@ from wire import LAST_CHUNK, Exchange, Framing, Head, TrafficLog, Wire, chunk
 STATUS_WORDS = {
     "403": ("Forbidden", "AccessDenied"),
     "404": ("Not Found", "NoSuchKey"),
+    "409": ("Conflict", "ConditionalRequestConflict"),
     "412": ("Precondition Failed", "PreconditionFailed"),
     "429": ("Too Many Requests", "TooManyRequests"),
     "500": ("Internal Server Error", "InternalError"),
+    "501": ("Not Implemented", "NotImplemented"),
     "503": ("Service Unavailable", "SlowDown"),
 }
 BODY_WORDS = frozenset({"flip", "short", "long", "reset", "stall", "hold"})
-PLAIN_WORDS = BODY_WORDS | {"ok", "drop", "whole", "shift"}
+PLAIN_WORDS = BODY_WORDS | {"ok", "drop", "whole", "shift", "blind", "picky"}
+CONDITIONS = ("If-Match", "If-None-Match")
 EXTRA_BYTES = 1024
 JOIN_S = 10.0
 
@@ -237,12 +242,17 @@ class _Connection:
         word = self._proxy.next_word(f"{method} {path}")
         if word == "drop":
             raise _Broken(by_reset=True)
+        if word == "picky" and any(map(request.get, CONDITIONS)):
+            word = "501"
         if word.partition(":")[0] in STATUS_WORDS:
             return self._answer_status(request, exchange, word)
         if word in ("whole", "shift"):
             self._change_range(request, word)
+        if word == "blind":
+            for name in CONDITIONS:
+                request.remove(name)
         upstream = self._connect_upstream()
-        answer = self._forward(request, upstream)
+        answer = self._forward(request, upstream, exchange)
         framing = answer.response_framing(method)
         if framing == "until-close":
             answer.set("Connection", "close")
@@ -285,7 +295,7 @@ class _Connection:
                 raise RuntimeError(f"{word}: the client signs its Range; give Proxy the credentials")
             _sign_anew(request, *self._proxy.credentials)
 
-    def _forward(self, request: Head, upstream: Wire) -> Head:
+    def _forward(self, request: Head, upstream: Wire, exchange: Exchange) -> Head:
         """Send a request upstream, body included, and read the head of its final answer."""
         upstream.sock.sendall(request.encode())
         if request.get("Expect") and not self._client.speaks_before(upstream):
@@ -297,6 +307,7 @@ class _Connection:
         framing = request.request_framing()
         try:
             for piece in self._client.read_body(framing):
+                exchange.uploaded_bytes += len(piece)
                 for part in chunk(piece) if framing == "chunked" else (piece,):
                     upstream.sock.sendall(part)
             if framing == "chunked":

@@ -174,6 +174,7 @@ def test_proxy_keeps_signatures_valid_and_counts(s3: S3Server, bucket: Bucket, p
     ]
     assert proxy.body_bytes() == proxy.body_bytes("weights$") == len(BODY) + 100
     assert proxy.body_bytes("nothing") == 0
+    assert proxy.uploaded_bytes() == len(BODY)
     proxy.reset()
     assert proxy.requests == []
 

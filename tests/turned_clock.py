@@ -27,14 +27,16 @@ class TurnedSelector(selectors.DefaultSelector):
         return super().select(0)
 
 
+def make_loop() -> asyncio.AbstractEventLoop:
+    """Return a loop that tells the time by its own clock, which begins at 0."""
+    selector = TurnedSelector()
+    loop = asyncio.SelectorEventLoop(selector)
+    loop.time = lambda: selector.now_s  # type: ignore[method-assign]
+    return loop
+
+
 def run(coroutine: Coroutine[Any, Any, T]) -> tuple[T | BaseException, float]:
     """Run a coroutine; return what it gave or raised, and how many seconds it took by its own clock."""
-    selector = TurnedSelector()
-
-    def make_loop() -> asyncio.AbstractEventLoop:
-        loop = asyncio.SelectorEventLoop(selector)
-        loop.time = lambda: selector.now_s  # type: ignore[method-assign]
-        return loop
 
     async def caught() -> T | BaseException:
         try:
@@ -43,4 +45,4 @@ def run(coroutine: Coroutine[Any, Any, T]) -> tuple[T | BaseException, float]:
             return exc
 
     with asyncio.Runner(loop_factory=make_loop) as runner:
-        return runner.run(caught()), selector.now_s
+        return runner.run(caught()), runner.get_loop().time()

@@ -44,6 +44,7 @@ class Exchange:
     range: str | None
     status: int = 0
     body_bytes: int = 0
+    uploaded_bytes: int = 0
 
     def send(self, sock: socket.socket, piece: bytes | memoryview) -> None:
         """Send body bytes and count them; who has received a byte finds it counted already."""
@@ -77,6 +78,11 @@ class TrafficLog:
             for request in self.requests
             if request.method == "GET" and (pattern is None or re.search(pattern, request.path))
         )
+
+    def uploaded_bytes(self) -> int:
+        """Sum the bytes of all bodies that clients sent; only the proxy counts them."""
+        with self._log_lock:
+            return sum(exchange.uploaded_bytes for exchange in self._exchanges)
 
     def reset(self) -> None:
         """Forget all requests."""

@@ -23,20 +23,33 @@ if TYPE_CHECKING:
     import torch
 
     from weightcache.cache import PlannedLoad
+    from weightcache.checking import RegistryCheck
+    from weightcache.comparing import Difference
+    from weightcache.config import Configuration
     from weightcache.diagnosis import Finding
+    from weightcache.publishing import Publication
+    from weightcache.registries import RevisionRow, TagRow
+    from weightcache.replicating import Replication
     from weightcache.report import Report
     from weightcache.session import Request
+    from weightcache.simulation import Simulation
     from weightcache.spending import Cost
+    from weightcache.sweeping import Garbage
     from weightcache.tensors import LoadedModel
     from weightcache.upkeep import CachedModel, Verification
 
 __all__ = [
     "WeightcacheError",
     "__version__",
+    "check",
+    "configuration",
     "cost",
+    "diff",
     "doctor",
     "errors",
     "evict",
+    "gc",
+    "keygen",
     "load_into",
     "load_model",
     "metrics",
@@ -44,8 +57,18 @@ __all__ = [
     "pin",
     "plan",
     "prefetch",
+    "publish",
     "pull",
+    "remove",
+    "replicate",
+    "revisions",
+    "rulings",
+    "sign",
+    "simulate_cost",
     "stream",
+    "tag",
+    "tags",
+    "trusted_keys",
     "unpin",
     "verify",
 ]
@@ -63,6 +86,7 @@ def load_model(
     cache: str = "auto",
     offline: bool | None = None,
     storage_options: Mapping[str, Any] | None = None,
+    artefacts: str | os.PathLike[str] | None = None,
     timeout_s: float | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
@@ -83,6 +107,9 @@ def load_model(
             this machine.
         offline: Never dial. The default is the setting `offline` (WEIGHTCACHE_OFFLINE).
         storage_options: For the origin, as everywhere in fsspec.
+        artefacts: A folder; the bundles of compiled code that a published revision carries for exactly this machine are
+            placed there, each in a folder of its own name, before the load. Why one was left out is in `report.choices`.
+            Whoever uses them runs what the publisher compiled: demand signatures of the store.
         timeout_s: Longest time for the whole load. The default is the setting, without limit.
         progress: Called with (bytes done, bytes in all) from worker threads.
 
@@ -92,10 +119,15 @@ def load_model(
     Raises:
         WeightcacheError: One of `weightcache.errors`; nothing of the model is visible then.
     """
+    from pathlib import Path
+
     from weightcache import cache as conductor
 
     request = _request(uri, include, exclude, cache, offline, storage_options, timeout_s, progress)
-    return conductor.load(request, device, dtype)
+    placed = conductor.place_artefacts(request, Path(artefacts)) if artefacts is not None else {}
+    model = conductor.load(request, device, dtype)
+    model.report.choices |= {f"artefact {name}": told for name, told in placed.items()}
+    return model
 
 
 def stream(
@@ -217,6 +249,243 @@ def plan(
     return conductor.plan(_request(uri, include, exclude, cache, offline, storage_options, timeout_s, None))
 
 
+def publish(
+    uri: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    base: str = "",
+    policy: Mapping[str, Any] | None = None,
+    artefacts: Mapping[str, str | os.PathLike[str]] | None = None,
+    facts: Mapping[str, str] | None = None,
+    replicas: int = 1,
+    storage_options: Mapping[str, Any] | None = None,
+    destination_options: Mapping[str, Any] | None = None,
+    timeout_s: float | None = None,
+    progress: Progress | None = None,
+) -> Publication:
+    """Publish a model to a registry: only chunks that are missing there are uploaded, and the tag moves last.
+
+    Readers see the whole new revision or the old one. Killed at any moment, it leaves a registry that is sound, and the
+    next call goes on from what is there.
+
+    Args:
+        uri: The model: any folder or URL that `load_model` takes, or a revision of another registry.
+        destination: `registry/model@tag`, the registry at any fsspec URL that can be written to; it is made if there is
+            none. Without a tag it is `latest`.
+        base: The revision this one was made from, as a URI, or `model@tag` of the same registry; recorded, by its digest
+            where it is in the same registry.
+        policy: Where the model's bytes may be, `{"allow": {"jurisdictions": ["eu"]}}`; part of the revision. The default is
+            the policy of the revision that is published from, if it has one.
+        artefacts: Folders of compiled code by the names of their bundles, carried beside the weights.
+        facts: What the bundles are for. The default is this machine.
+        replicas: How many replicas of the store must have it before this returns.
+        storage_options: For the model's origin.
+        destination_options: For the registry's.
+        progress: Called with (bytes done, bytes in all) from the loop thread.
+
+    Raises:
+        ConflictError: Another publisher moved the tag meanwhile; the revision is published, by its digest.
+        WeightcacheError: Another of `weightcache.errors`; the tag is what it was.
+    """
+    from weightcache import registries
+
+    request = _request(uri, None, None, "none", None, storage_options, timeout_s, progress)
+    return registries.publish(
+        request,
+        str(destination),
+        destination_options or {},
+        base,
+        policy,
+        registries.bundles_of(artefacts or {}, facts),
+        replicas,
+    )
+
+
+def tags(uri: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> list[TagRow]:
+    """Return the tags of a model of a registry (`registry/model`), or of all its models, the last moved first."""
+    from weightcache import registries
+
+    return registries.tags(str(uri), storage_options or {})
+
+
+def revisions(uri: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> list[RevisionRow]:
+    """Return the revisions of a model of a registry (`registry/model`), or of all its models, the last written first."""
+    from weightcache import registries
+
+    return registries.revisions(str(uri), storage_options or {})
+
+
+def tag(uri: str, revision: str, *, storage_options: Mapping[str, Any] | None = None) -> TagRow:
+    """Let a tag name a revision.
+
+    Args:
+        uri: `registry/model@tag`.
+        revision: `blake3:…` of the same model, or another of its tags.
+
+    Raises:
+        ModelNotFoundError: There is no such revision.
+        ConflictError: Another moved the tag at the same moment; it stays as it is.
+    """
+    from weightcache import registries
+
+    return registries.move_tag(uri, revision, storage_options or {})
+
+
+def replicate(
+    uri: str,
+    *,
+    source: str = "",
+    to: str = "",
+    dry: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> list[Replication]:
+    """Copy what other replicas of a store lack: chunks first, verified, then revisions with their signatures, then tags.
+
+    Args:
+        uri: `wc://store`, or `wc://store/model` for one model.
+        source: The replica to copy from; the default is the one that is published to.
+        to: The replica to copy to; the default is every other that can be written to and does not replicate itself.
+        dry: Only say what would be copied, how far behind the replica is, and what it would cost.
+        progress: Called with (bytes done, bytes in all) from the loop thread.
+
+    Returns:
+        What was done, a replica each.
+
+    Raises:
+        ResidencyError: A policy forbids a revision to go there; nothing of it moved.
+    """
+    from weightcache import registries
+
+    return registries.replicate(str(uri), storage_options or {}, source=source, to=to, dry=dry, progress=progress)
+
+
+def keygen(path: str | os.PathLike[str]) -> str:
+    """Make an Ed25519 key: the private one as a file that only its owner reads. Returns the public one, `ed25519:…`.
+
+    Raises:
+        ConfigError: Something is there already, or it cannot be written.
+    """
+    from pathlib import Path
+
+    from weightcache import signatures
+
+    return str(signatures.generate(Path(path)))
+
+
+def sign(uri: str, key: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> tuple[str, int]:
+    """Sign a published revision (`registry/model@tag`) with a private key from `keygen`.
+
+    Returns the revision's digest and the signature's serial, which is higher than that of every earlier one of the model:
+    nodes refuse a tag that goes back to a lower one than they have seen.
+    """
+    from pathlib import Path
+
+    from weightcache import registries
+
+    return registries.sign(uri, Path(key), storage_options or {})
+
+
+def trusted_keys(store: str, key: str | None = None) -> list[str]:
+    """Return the public keys that a store of the configuration trusts, and one more that is checked for its form.
+
+    Raises:
+        ConfigError: No such store, or no such key.
+    """
+    from weightcache import access
+
+    return access.trusted_keys(store, key)
+
+
+def rulings(since: str | None = None) -> list[dict[str, Any]]:
+    """Return what policies allowed and forbade on this node, oldest first.
+
+    Args:
+        since: An age (`7d`, `12h`, `2w`), or the month or day (UTC) to begin with; all that is known otherwise.
+    """
+    from weightcache import access
+
+    return access.rulings(since)
+
+
+def diff(
+    uri: str | os.PathLike[str], other: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None
+) -> Difference:
+    """Tell which tensors, files and bytes a published revision has that another has not."""
+    from weightcache import registries
+
+    return registries.diff(str(uri), str(other), storage_options or {})
+
+
+def remove(uri: str, *, replica: str = "", storage_options: Mapping[str, Any] | None = None) -> str:
+    """Remove from a registry a tag (`registry/model@tag`), a revision (`@blake3:…`) that no tag names, or a whole model.
+
+    Chunks stay until `gc`. Returns what was removed, in words.
+
+    Args:
+        replica: Of a store, which one; the default is the one that is published to. The others keep what they have.
+
+    Raises:
+        ModelNotFoundError: It is not there.
+        InUseError: A tag names the revision, or somebody publishes it just now.
+    """
+    from weightcache import registries
+
+    return registries.remove(uri, storage_options or {}, replica)
+
+
+def gc(
+    uri: str | os.PathLike[str],
+    *,
+    dry: bool = True,
+    grace_s: float = 3600.0,
+    untagged_s: float | None = None,
+    replica: str = "",
+    storage_options: Mapping[str, Any] | None = None,
+) -> Garbage:
+    """Remove from a registry the chunks that no revision needs. Safe beside publishers and readers of revisions.
+
+    Args:
+        dry: Only say what would be removed.
+        grace_s: Chunks written later than so long ago stay.
+        untagged_s: Revisions that no tag names go, too, when they were written longer ago than this.
+        replica: Of a store, which one; the default is the one that is published to.
+
+    Raises:
+        InUseError: Another sweep runs.
+    """
+    from weightcache import registries
+
+    return registries.gc(
+        str(uri), storage_options or {}, dry=dry, grace_s=grace_s, untagged_s=untagged_s, replica=replica
+    )
+
+
+def check(
+    uri: str | os.PathLike[str],
+    *,
+    deep: bool = False,
+    repair_from: Sequence[str] = (),
+    replica: str = "",
+    storage_options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> RegistryCheck:
+    """Check a registry: every tag, revision and chunk.
+
+    Args:
+        deep: Read every chunk and compute its digest, not only look at presence and size.
+        repair_from: Registries, or names of other replicas of the same store, that lost and rotten chunks, and damaged
+            revisions, are written anew from.
+        replica: Of a store, which one is checked; the default is the one that is published to.
+        progress: Called with (bytes done, bytes in all) of a deep check.
+    """
+    from weightcache import registries
+
+    return registries.check(
+        str(uri), storage_options or {}, deep=deep, repair_from=repair_from, progress=progress, replica=replica
+    )
+
+
 def models() -> list[CachedModel]:
     """Return the models that this node's cache holds, most recently used first."""
     from weightcache import upkeep
@@ -279,6 +548,44 @@ def cost(since: str | None = None, by: str = "replica") -> list[Cost]:
     from weightcache import spending
 
     return spending.cost(since, by)
+
+
+def simulate_cost(
+    model_gb: float = 140.0, n_loads: int = 100, n_nodes: int = 1, hit_share: float | None = None
+) -> Simulation:
+    """Estimate what a month of loads over the internet costs at each provider and configured replica.
+
+    Once with every load cold, once with the disk cache. Priced by the list, AWS's tiers and the free shares of AWS and
+    Azure included, unless the configuration has other prices; each month says by what.
+
+    Args:
+        model_gb: GB (10^9 bytes) of the model, which is kept in the store all month.
+        n_loads: Loads a month, of all nodes together.
+        n_nodes: Each loads cold once with the disk cache, and from disk afterwards.
+        hit_share: The share of loads that come from disk instead of that rule, from 0 to 1.
+    """
+    from weightcache import simulation
+    from weightcache.config import read_settings
+
+    case = simulation.make_case(model_gb, n_loads, n_nodes, hit_share)
+    settings = read_settings()
+    return simulation.simulate(case, settings.stores, settings.prices)
+
+
+def configuration(file: str | os.PathLike[str] | None = None) -> Configuration:
+    """Read the configuration and say what of it differs from the defaults; dials nothing.
+
+    Args:
+        file: A `weightcache.toml` to read in place of this process's own; its environment counts all the same.
+
+    Raises:
+        ConfigError: A file, name or value that cannot be used.
+    """
+    from pathlib import Path
+
+    from weightcache.config import read_configuration
+
+    return read_configuration(file=None if file is None else Path(file))
 
 
 def metrics() -> str:

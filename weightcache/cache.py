@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from weightcache.arrival import Arrival, Counter, OnChunk, Passing
+from weightcache.artefacts import facts_of_machine, files_of, mismatch
 from weightcache.checkpoint import select
 from weightcache.delivery import (
     Where,
@@ -32,6 +33,7 @@ from weightcache.layout import ChunkKey
 from weightcache.manifest import Role
 from weightcache.modelfiles import PulledFiles, missing_file_keys, place_files
 from weightcache.planning import Plan
+from weightcache.policy import Verb
 from weightcache.report import Report
 from weightcache.session import (
     Request,
@@ -72,7 +74,7 @@ PREFETCH_TIERS = ("disk", "host")
 
 @dataclass(frozen=True, slots=True)
 class PlannedLoad:
-    """What a load would do, decided without moving a weight byte."""
+    """What a load would do, decided without moving a weight byte; `choices` are those of its report so far."""
 
     uri: str
     revision: str
@@ -86,6 +88,7 @@ class PlannedLoad:
     origin_bytes: int
     n_reads: int
     n_fetches: int
+    choices: Mapping[str, str]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as plain values, for JSON."""
@@ -287,7 +290,8 @@ def _described(request: Request, report: Report) -> Iterator[Session]:
 
 def plan(request: Request) -> PlannedLoad:
     """Decide what a load would do; see `weightcache.plan`."""
-    with _described(request, Report(uri=request.uri)) as session:
+    report = Report(uri=request.uri)
+    with _described(request, report) as session:
         wanted = find_wanted(session)
         manifest = session.manifest
         held = session.threads.run(hold_image(session, wanted))
@@ -307,6 +311,7 @@ def plan(request: Request) -> PlannedLoad:
         origin_bytes=decided.origin_nbytes,
         n_reads=len(decided.reads),
         n_fetches=len(decided.fetches),
+        choices=report.choices,
     )
 
 
@@ -316,9 +321,9 @@ def prefetch(request: Request, tier: str) -> Report:
         raise ConfigError(f"tier={tier!r}: expected one of {', '.join(PREFETCH_TIERS)}{nearest(tier, PREFETCH_TIERS)}")
     report = Report(uri=request.uri)
     if tier == "host":
-        return _prefetch_to_host(replace(request, cache="auto"), report)
+        return _prefetch_to_host(replace(request, cache="auto", verb=Verb.PREFETCH), report)
     with report.stage("open"):
-        session = open_session(replace(request, cache="disk"), report)
+        session = open_session(replace(request, cache="disk", verb=Verb.PREFETCH), report)
 
     def check_kept() -> None:
         if session.tally.disk_failure:
@@ -328,7 +333,8 @@ def prefetch(request: Request, tier: str) -> Report:
                 uri=str(session.name),
             )
 
-    _through(session, [Role.WEIGHTS, Role.FILE], lambda key, view: check_kept(), report, keep_only=True)
+    wanted = [Role.WEIGHTS, Role.FILE]
+    _through(session, lambda: select(session.manifest, wanted), lambda key, view: check_kept(), report, keep_only=True)
     check_kept()
     return report
 
@@ -389,34 +395,68 @@ def pull(request: Request, folder: Path) -> Report:
     report = Report(uri=request.uri)
     with report.stage("open"):
         session = open_session(request, report)
+
+    def names() -> dict[int, str]:
+        shards = enumerate(session.manifest.shards)
+        return {index: shard.path for index, shard in shards if shard.role is not Role.ARTEFACT}
+
+    _pull(session, folder, names)
+    return report
+
+
+def place_artefacts(request: Request, folder: Path) -> dict[str, str]:
+    """Write the bundles that fit this machine below a folder, each in one of its own; say of each what became of it."""
+    here = facts_of_machine()
+    session = open_session(request, Report(uri=request.uri))
+    told: dict[str, str] = {}
+
+    def names() -> dict[int, str]:
+        found: dict[int, str] = {}
+        for bundle in session.bundles:
+            why_not = mismatch(bundle, here)
+            told[bundle.name] = f"left out: {why_not}" if why_not else f"placed in {folder / bundle.name}"
+            if not why_not:
+                files = files_of(bundle.name, session.manifest.shards)
+                found |= {index: f"{bundle.name}/{name}" for index, name in files.items()}
+        return found
+
+    _pull(session, folder, names)
+    return told
+
+
+def _pull(session: Session, folder: Path, choose: Callable[[], Mapping[int, str]]) -> None:
+    """Write files: those whose indexes are chosen when the model is described, by the names chosen for them."""
     pulled = PulledFiles(folder)
+
+    def keys() -> list[ChunkKey]:
+        names = choose()
+        pulled.begin(session.manifest, names)
+        return [(index, chunk) for index in names for chunk in range(len(session.manifest.shards[index].chunks))]
+
     try:
-        _through(session, list(Role), pulled.write, report, before=lambda: pulled.begin(session.manifest))
-        with report.stage("files"):
+        _through(session, keys, pulled.write, session.report)
+        with session.report.stage("files"):
             pulled.publish()
     finally:
         pulled.close()
-    return report
 
 
 def _through(
     session: Session,
-    roles: Sequence[Role],
+    choose: Callable[[], list[ChunkKey]],
     on_chunk: OnChunk,
     report: Report,
     *,
-    before: Callable[[], None] = lambda: None,
     keep_only: bool = False,
 ) -> None:
-    """Move the chunks of whole files through scratch memory, past `on_chunk`, to disk."""
+    """Move chunks, chosen once the model is described, through scratch memory, past `on_chunk`, to disk."""
 
     async def bring() -> None:
         try:
             with report.stage("describe"):
                 await describe_model(session)
             with report.stage("look"):
-                before()
-                keys = select(session.manifest, roles)
+                keys = choose()
                 decided = decide(session, keys, look(session, keys))
                 if keep_only:
                     decided = Plan((), (), decided.fetches)

@@ -44,13 +44,15 @@ COUNTS = tuple(field.name for field in fields(Ledger) if field.name != "replica"
 
 
 def place_of(url: str, endpoint: str = "") -> str:
-    """Name the replica that holds a folder: `https://host/bucket`, or `s3://bucket` where no endpoint is set.
+    """Name the replica that holds a folder: `https://host/bucket`, `s3://bucket` where no endpoint is set, or a path itself.
 
     Args:
-        url: The folder's URL.
+        url: The folder's URL, or an absolute path.
         endpoint: Where its bucket is found; empty where the scheme says it. One that is no URL is not repeated: nothing
             can be asked of it.
     """
+    if url.startswith("/"):
+        return url
     parts = urlsplit(url)
     bucket = _without_user(parts.netloc, parts.scheme)
     if not endpoint:

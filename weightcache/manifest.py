@@ -35,6 +35,7 @@ class Role(StrEnum):
     WEIGHTS = "weights"  # its tensors are part of the model
     FILE = "file"  # carried along: configuration, tokenizer, code as data
     FOREIGN = "foreign"  # weights in another format or a duplicate; carried by pull alone
+    ARTEFACT = "artefact"  # published beside the model, and no file of it: what a compiler made, for some hardware
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +170,7 @@ def shard_to_json(shard: Shard) -> dict[str, Any]:
         "role": str(shard.role),
         "metadata": dict(shard.metadata or {}),
         "chunks": [[chunk.start, chunk.nbytes, str(chunk.digest) if chunk.digest else None] for chunk in shard.chunks],
-        "tensors": [[entry.name, entry.dtype, list(entry.shape), entry.start, entry.stop] for entry in shard.tensors],
+        "tensors": [tensor_to_json(entry) for entry in shard.tensors],
     }
 
 
@@ -189,28 +190,32 @@ def shard_from_json(form: Any, *, path: str, prefix: str = "") -> Shard:
             )
         shard = Shard(
             path=path,
-            nbytes=_count(form["nbytes"]),
-            etag=_text(form["etag"]),
+            nbytes=read_count(form["nbytes"]),
+            etag=read_text(form["etag"]),
             role=Role(form["role"]),
             chunks=tuple(_chunk_from_json(*chunk) for chunk in form["chunks"]),
-            tensors=tuple(_tensor_from_json(*tensor) for tensor in form["tensors"]),
+            tensors=tuple(tensor_from_json(*tensor) for tensor in form["tensors"]),
             prefix=prefix,
-            metadata={_text(key): _text(value) for key, value in form["metadata"].items()},
+            metadata={read_text(key): read_text(value) for key, value in form["metadata"].items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise FormatError(f"the record of {path} is not valid: {exc!r:.300}", path=path) from exc
-    _check_shard(shard)
+    check_shard(shard)
     return shard
 
 
 def _chunk_from_json(start: Any, nbytes: Any, digest: Any) -> Chunk:
-    return Chunk(_count(start), _count(nbytes), None if digest is None else Digest.parse(digest))
+    return Chunk(read_count(start), read_count(nbytes), None if digest is None else Digest.parse(digest))
 
 
-def _tensor_from_json(name: Any, dtype: Any, shape: Any, start: Any, stop: Any) -> TensorEntry:
+def tensor_to_json(entry: TensorEntry) -> list[Any]:
+    return [entry.name, entry.dtype, list(entry.shape), entry.start, entry.stop]
+
+
+def tensor_from_json(name: Any, dtype: Any, shape: Any, start: Any, stop: Any) -> TensorEntry:
     if {type(start), type(stop), *map(type, shape)} != {int} or type(dtype) is not str:
-        raise ValueError(f"tensor {_text(name)[:80]!r}: {[dtype, shape, start, stop]!r:.160} of wrong types")
-    entry = TensorEntry(_text(name), dtype, tuple(shape), start, stop)
+        raise ValueError(f"tensor {read_text(name)[:80]!r}: {[dtype, shape, start, stop]!r:.160} of wrong types")
+    entry = TensorEntry(read_text(name), dtype, tuple(shape), start, stop)
     if entry.nbytes != _nbytes_of(dtype, entry.shape):
         raise ValueError(f"tensor {name[:80]!r} at [{start}, {stop}) has not the bytes of {dtype} of shape {shape}")
     return entry
@@ -224,19 +229,22 @@ def _nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
     return tensor_nbytes(dtype, shape)
 
 
-def _count(value: Any) -> int:
+def read_count(value: Any) -> int:
+    """Return a size or offset. Raises ValueError for what is none."""
     if type(value) is not int or not 0 <= value < 1 << 63:
         raise ValueError(f"{value!r:.40} where a size or offset is expected")
     return value
 
 
-def _text(value: Any) -> str:
+def read_text(value: Any) -> str:
+    """Return a text. Raises ValueError for what is none."""
     if type(value) is not str:
         raise ValueError(f"{value!r:.40} where text is expected")
     return value
 
 
-def _check_shard(shard: Shard) -> None:
+def check_shard(shard: Shard) -> None:
+    """Raise FormatError unless the chunks cover the file and the tensors lie in it."""
     position = 0
     for chunk in shard.chunks:
         if chunk.start != position or not 0 < chunk.nbytes <= CHUNK_LIMIT_NBYTES:

@@ -97,27 +97,26 @@ class PulledFiles:
         self._folder = folder
         self._staging = folder / f"{RESERVED_PREFIX}staging"
         self._open = contextlib.ExitStack()
-        self._shards: list[tuple[Shard, int, Path]] = []
+        self._shards: dict[int, tuple[Shard, int, Path, Path]] = {}  # by their indexes in the manifest
 
-    def begin(self, manifest: Manifest) -> None:
-        """Open a staged file for each shard. Raises UnsafePathError, CapacityError."""
+    def begin(self, manifest: Manifest, names: Mapping[int, str]) -> None:
+        """Open a staged file for each shard that has a name. Raises UnsafePathError, CapacityError."""
         try:
             self._staging.mkdir(parents=True, exist_ok=True)
             root = self._folder.resolve()
-            for shard in manifest.shards:
-                if not (self._folder / shard.path).parent.resolve().is_relative_to(root):
-                    raise UnsafePathError(
-                        f"{shard.path} would leave {root} through a link there: remove the link", path=shard.path
-                    )
+            for index, name in names.items():
+                shard = manifest.shards[index]
+                if not (self._folder / name).parent.resolve().is_relative_to(root):
+                    raise UnsafePathError(f"{name} would leave {root} through a link there: remove the link", path=name)
                 fd, path = self._open.enter_context(staged(self._staging))
-                self._shards.append((shard, fd, path))
+                self._shards[index] = (shard, fd, path, self._folder / name)
         except OSError as exc:
             raise CapacityError(
                 f"cannot write into {self._folder}: {exc.strerror or exc}", path=str(self._folder)
             ) from exc
 
     def write(self, key: ChunkKey, view: memoryview) -> None:
-        shard, fd, _ = self._shards[key[0]]
+        shard, fd, _, _ = self._shards[key[0]]
         at = shard.chunks[key[1]].start
         try:
             while view:
@@ -130,8 +129,7 @@ class PulledFiles:
             ) from exc
 
     def publish(self) -> None:
-        for shard, fd, path in self._shards:
-            target = self._folder / shard.path
+        for _, fd, path, target in self._shards.values():
             os.fchmod(fd, 0o644)
             publish(fd, path, target, folder_mode=0o777)
 

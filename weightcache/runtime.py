@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import contextlib
 import logging
 import os
 import threading
@@ -127,6 +128,22 @@ class Job(Generic[T]):
             self._ended.set_exception(exc)
         else:
             self._ended.set_result(None)
+
+
+async def ended(future: concurrent.futures.Future[T], stop: Callable[[], object]) -> T:
+    """Wait for work of another thread. Cancelled, it is told to stop, and waited for nevertheless: nothing moves afterwards."""
+    running = asyncio.wrap_future(future)
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        stop()
+        future.cancel()
+        while not running.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([running])
+        if not running.cancelled():
+            running.exception()  # seen: the cancellation is what is told
+        raise
 
 
 async def all_of(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -1,6 +1,6 @@
 """Own one request being served: the origin and tiers it needs opened, the model described, the moves decided.
 
-The one module that chooses among concrete origins. Never moves a weight byte.
+Never moves a weight byte.
 """
 
 from __future__ import annotations
@@ -19,38 +19,51 @@ from typing import Any
 import fsspec
 
 from weightcache import spending
+from weightcache.access import Access
 from weightcache.behind import Behind
 from weightcache.checkpoint import describe
 from weightcache.config import Settings, read_settings
 from weightcache.digest import Digest
-from weightcache.errors import CapacityError, ConfigError, OfflineError, OriginUnreachableError, nearest
+from weightcache.errors import (
+    CapacityError,
+    ConfigError,
+    ModelNotFoundError,
+    OfflineError,
+    OriginUnreachableError,
+    UnsafePathError,
+    UriError,
+    WeightcacheError,
+    nearest,
+)
 from weightcache.files import file_system_of, is_network
 from weightcache.layout import ChunkKey, Wanted, want
 from weightcache.ledger import Ledger, place_of
 from weightcache.locks import Flight
 from weightcache.manifest import Manifest, Shard
+from weightcache.opening import WEB, make_origin, make_replicas
 from weightcache.origins.base import Origin, Stat
+from weightcache.origins.chunked import ChunkedOrigin
 from weightcache.origins.local import LocalOrigin
-from weightcache.origins.pace import throttle
-from weightcache.origins.plane import Wiring
+from weightcache.origins.replicas import Replicas
 from weightcache.origins.resilient import Resilient
-from weightcache.origins.web import WebOrigin
 from weightcache.planning import Plan, make_plan
+from weightcache.policy import Verb
+from weightcache.published import Bundle, Published, read_form
+from weightcache.registry import Registry
 from weightcache.report import Report
+from weightcache.residency import Policy
 from weightcache.runtime import Runtime, runtime
 from weightcache.tiers.disk import DiskTier
 from weightcache.tiers.host import keep_freed
 from weightcache.tiers.records import ModelRecord, model_key, shard_key
 from weightcache.transfer import Tally
-from weightcache.uri import Name, parse_uri
+from weightcache.uri import Name, latest_of, parse_uri
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 Patterns = str | Sequence[str] | None
 CACHE_MODES = ("auto", "disk", "none")
-WEB = ("http", "https")
-N_THREADS = 16  # of an fsspec file system, which blocks one for each call
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +80,7 @@ class Request:
     order: Sequence[str] = ()
     timeout_s: float | None = None
     progress: Progress | None = None
+    verb: Verb = Verb.READ
 
 
 class _Memory:
@@ -109,6 +123,12 @@ class Session:
     behind: Behind | None = None
     flight: Flight | None = None
     tally: Tally = field(default_factory=Tally)
+    policy: Policy = field(default_factory=Policy)  # the model's own, where it is published
+    bundles: tuple[Bundle, ...] = ()
+    access: Access = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.access = Access(self.settings, self.name, self.request.verb)
 
     @property
     def in_place(self) -> LocalOrigin | None:
@@ -120,22 +140,78 @@ class Session:
     def key(self) -> str:
         return model_key(str(self.name), self.endpoint)
 
+    def open_origin(self) -> None:
+        """Open the origin that the name names, and begin its ledger."""
+        name, options = self.name, self.request.storage_options
+        root: Origin
+        if name.store:
+            root = make_replicas(name, self.settings, options, self.threads, self.access)
+        else:
+            self._check_access()
+            root = make_origin(name, self.settings, options, self.threads, self.access)
+            if name.scheme != "file":
+                root.ledger.replica = place_of(name.root, self.endpoint)
+        self.origin = Resilient(
+            ChunkedOrigin(root) if name.model else root,
+            attempts=self.settings.attempts,
+            deadline=self.deadline,
+            most=self.settings.connections,
+            hedges=name.scheme in (*WEB, "s3", "wc"),
+        )
+
+    def _check_access(self) -> None:
+        """Raise ResidencyError unless bytes may come from the one place that the name names."""
+        site = self.access.site_of(self.name, self.endpoint)
+        self.access.check_read(Verb.READ, site, place_of(self.name.root, self.endpoint))
+
+    def check_access_again(self) -> None:
+        """Raise ResidencyError unless they still may, now that more policies are known; and be kept here."""
+        if (replicas := self.replicas) is not None:
+            replicas.restrict()
+        elif self.origin is not None:
+            self._check_access()
+        if self.disk is not None:
+            self.access.check_keep()
+
+    @property
+    def replicas(self) -> Replicas | None:
+        """The replicas of a store, where one is asked."""
+        inner = self.origin.inner if self.origin is not None else None
+        return inner.root if isinstance(inner, ChunkedOrigin) and isinstance(inner.root, Replicas) else None
+
     async def close_origin(self) -> None:
+        """Close the origin, and write down what was asked of it and what was ruled. May be called twice."""
+        replicas = self.replicas
+        if replicas is not None:
+            self._report(replicas)
         origin, self.origin = self.origin, None
-        if origin is not None:
-            try:
+        try:
+            if origin is not None:
                 await origin.close()
-            finally:
-                self._enter([origin.ledger])
+        finally:
+            if origin is not None:
+                self._enter([ledger for ledger in origin.ledgers if ledger.n_requests or len(origin.ledgers) == 1])
+            self.access.close()
+
+    def _report(self, replicas: Replicas) -> None:
+        if replicas.reason:
+            refused = [f"{ruling.edge.source_name} is forbidden: {ruling.rule}" for ruling in self.access.refusals]
+            self.report.choices["replica"] = "; ".join([replicas.reason, *refused])
+        for name, paths in replicas.damage.items():
+            fall_back(
+                self.report,
+                f"replica {name} of {replicas.uri} lacks {len(paths)} files or holds them damaged, first {paths[0]}: they were "
+                "read elsewhere; run weightcache check --repair",
+            )
 
     def _enter(self, ledgers: Sequence[Ledger]) -> None:
         """Enter what the origin was asked for into the report, the metrics and, behind, the cache folder's ledger."""
         self.report.n_requests += sum(ledger.n_requests for ledger in ledgers)
         self.report.n_retries += sum(ledger.n_retries for ledger in ledgers)
-        if self.local is not None:
+        if self.name.scheme == "file":
             return  # nothing was dialled
         saved_bytes = self.tally.disk_bytes + self.tally.host_bytes
-        entries = spending.bill(str(self.name), ledgers, saved_bytes, self.settings.prices, time.time())
+        entries = spending.bill(str(self.name), ledgers, saved_bytes, self.access.price_of, time.time())
         spending.enter(entries, self.report)
         if entries and self.disk is not None and self.behind is not None:
             self.behind.submit(spending.append, self.disk.root, entries)
@@ -197,7 +273,9 @@ def open_session(request: Request, report: Report) -> Session:
         raise ConfigError(
             f"cache={request.cache!r}: expected one of {', '.join(CACHE_MODES)}{nearest(request.cache, CACHE_MODES)}"
         )
-    name = parse_uri(request.uri, fsspec.available_protocols(), str(Path.cwd()))
+    name = parse_uri(request.uri, fsspec.available_protocols(), str(Path.cwd()), settings.stores)
+    if name.scheme == "wc" and not name.model:
+        raise UriError(f"{name} names a store: expected one of its models, as in {name}/llama-3-8b@v1", uri=str(name))
     offline = settings.offline if request.offline is None else request.offline
     disk = _open_disk(request, settings, name, report)
     threads = runtime(settings.threads)
@@ -210,31 +288,30 @@ def open_session(request: Request, report: Report) -> Session:
         name=name,
         endpoint="",
         origin=None,
-        local=Path(name.root) if name.scheme == "file" else None,
+        local=Path(name.root) if name.scheme == "file" and not name.model else None,
         disk=disk,
         deadline=threads.loop.time() + settings.timeout_s if settings.timeout_s else None,
         behind=Behind(threads.writers) if disk is not None else None,
     )
-    if name.scheme == "s3":
-        with report.stage("import"):
-            from weightcache.origins.s3 import endpoint_of
-        session.endpoint = endpoint_of(request.storage_options)
-    if offline and session.local is None:
-        if disk is None:
+    try:
+        if name.scheme == "s3":
+            with report.stage("import"):
+                from weightcache.origins.s3 import endpoint_of
+            session.endpoint = endpoint_of(request.storage_options)
+        if disk is not None:
+            session.access.check_keep()
+        if not offline or name.scheme == "file":
+            session.open_origin()
+        elif disk is None:
             raise OfflineError(
                 f"{name} cannot be loaded offline without the disk tier: pass cache='auto'", uri=str(name)
             )
-        report.choices["origin"] = "none: offline was asked for"
-    else:
-        session.origin = Resilient(
-            _make_origin(session),
-            attempts=settings.attempts,
-            deadline=session.deadline,
-            most=settings.connections,
-            hedges=name.scheme in (*WEB, "s3"),
-        )
-        if session.local is None:
-            session.origin.ledger.replica = place_of(name.root, session.endpoint)
+        else:
+            report.choices["origin"] = "none: offline was asked for"
+    except BaseException:
+        session.settle()
+        session.access.close()
+        raise
     return session
 
 
@@ -259,40 +336,28 @@ def _open_disk(request: Request, settings: Settings, name: Name, report: Report)
         return None
 
 
-def _make_origin(session: Session) -> Origin:
-    name, settings, options = session.name, session.settings, session.request.storage_options
-    if name.scheme == "file":
-        if options:
-            raise ConfigError(f"storage_options mean nothing for the local folder {name.root}: leave them out")
-        return LocalOrigin(Path(name.root), session.threads.workers, name.file)
-    wiring = Wiring(settings.request_timeout_s, redirect_hosts=settings.redirect_hosts)
-    limit = throttle(settings.max_bytes_per_s)
-    if name.scheme == "s3":
-        from weightcache.origins.s3 import S3Origin
-
-        return S3Origin(name.root, options, wiring, limit, name.file)
-    if name.scheme in WEB:
-        return WebOrigin(name.root, options, wiring, limit, name.file)
-    from weightcache.origins.generic import FsspecOrigin
-
-    return FsspecOrigin(name.scheme, name.root, options, limit, min(settings.connections, N_THREADS), name.file)
-
-
 async def describe_model(session: Session) -> None:
     """Learn what the model is: from the origin, or offline from what is remembered."""
     memory = _Memory(session.disk, session.name.root, session.endpoint)
     if session.origin is not None:
         try:
-            session.manifest = await describe(session.origin, memory)
+            if not session.name.model:
+                session.manifest = await _describe_plain(session, memory)
+            if session.name.model:  # it may have turned out to be one
+                memory = _Memory(session.disk, "", "")
+                session.manifest = await _describe_published(session, memory)
         except OriginUnreachableError as exc:
             # The origin is down, not against us: what this node knows of the model serves until it is back.
-            if session.disk is None or session.disk.recall_manifest(session.key) is None:
-                raise
+            try:
+                session.manifest = _remembered(session)
+            except OfflineError:
+                raise exc from None
             fall_back(session.report, f"the origin cannot be reached, loading from this node: {exc}")
-            session.manifest = _remembered(session)
         session.report.metadata_bytes += session.origin.used_bytes
     else:
         session.manifest = _remembered(session)
+    if session.name.model:
+        memory = memory if memory.fresh else _Memory(session.disk, "", "")  # a chunk's digest says it all
     shards = session.manifest.shards
     session.shard_keys = [memory.key(shard.path, shard.nbytes, shard.etag) for shard in shards]
     session.report.revision = str(session.manifest.revision)
@@ -313,8 +378,93 @@ async def describe_model(session: Session) -> None:
     session.behind.submit(_remember, session.disk, memory.fresh, record)
 
 
+async def _describe_plain(session: Session, memory: _Memory) -> Manifest:
+    """Describe a folder; if there is none, it may be the latest of a model of a registry."""
+    assert session.origin is not None
+    try:
+        return await describe(session.origin, memory)
+    except (ModelNotFoundError, UnsafePathError) as exc:
+        if await Registry(session.origin).is_there():
+            raise UriError(
+                f"{session.name} is a registry: expected one of its models, as in {session.name}/llama-3-8b@v1; "
+                "weightcache tags shows them",
+                uri=str(session.name),
+            ) from exc
+        published = latest_of(session.name)
+        if published is None or isinstance(exc, UnsafePathError):
+            raise
+        plain = session.name
+        await session.close_origin()
+        session.name, session.local = published, None
+        session.open_origin()
+        try:
+            await Registry(session.origin).about()
+        except WeightcacheError:
+            session.name = plain
+            raise exc from None
+        return Manifest.plain(())
+
+
+async def _describe_published(session: Session, memory: _Memory) -> Manifest:
+    """Learn what a revision is, from the registry or, where it is remembered, by its digest alone."""
+    assert session.origin is not None
+    registry, access, model = Registry(session.origin), session.access, session.name.model
+    try:
+        about = await registry.about()
+    except ModelNotFoundError as exc:
+        if "@" not in session.request.uri or session.name.store:
+            raise
+        hint = "a plain folder whose name has an @ is written with a slash behind it"
+        raise ModelNotFoundError(f"{exc}; {hint}", **exc.facts) from exc
+    access.add(f"registry {registry.uri}", about.policy)
+    session.check_access_again()
+    revision, tag = await registry.find(model, session.name.revision)
+    remembered = session.disk.records.recall_published(session.key) if session.disk is not None else None
+    raw, signatures = remembered or (b"", [])
+    if access.key_ids:
+        signatures = await registry.signatures(model, revision, access.key_ids)
+        access.check_signed(model, tag.name if tag else None, revision, signatures)
+    if raw and Digest.of(raw) == revision:
+        published = read_form(raw, revision)
+    else:
+        published = await registry.revision(model, revision)
+        for shard in published.manifest.shards:
+            memory.remember(Stat(shard.path, shard.nbytes, shard.etag), shard)
+    _accept(session, published)
+    if session.disk is not None and session.behind is not None and remembered != (published.raw, signatures):
+        session.behind.submit(_remember_published, session.disk, session.key, published.raw, signatures)
+    return published.manifest
+
+
+def _accept(session: Session, published: Published) -> None:
+    """Go on with a revision, if its own policy lets it come here from where it is read."""
+    session.access.add(f"model {session.name.model}", published.policy)
+    session.policy, session.bundles = published.policy, published.bundles
+    if session.origin is not None and isinstance(session.origin.inner, ChunkedOrigin):
+        session.origin.inner.serve(published.manifest)
+    session.check_access_again()
+
+
+def _remember_published(disk: DiskTier, key: str, raw: bytes, signatures: Sequence[bytes]) -> None:
+    try:
+        disk.records.remember_published(key, raw, signatures)
+    except OSError as exc:
+        log.warning("a manifest is not remembered: %s", exc)
+
+
 def _remembered(session: Session) -> Manifest:
-    manifest = session.disk.recall_manifest(session.key) if session.disk is not None else None
+    known = (
+        session.disk.records.recall_published(session.key) if session.disk is not None and session.name.model else None
+    )
+    if known is not None:
+        published = read_form(known[0], Digest.of(known[0]))
+        session.access.check_signed(session.name.model, None, published.manifest.revision, known[1])
+        _accept(session, published)
+        return published.manifest
+    # Of a published model nothing else will do: what is signed, and where it may be, is known of nothing else.
+    manifest = (
+        session.disk.recall_manifest(session.key) if session.disk is not None and not session.name.model else None
+    )
     if manifest is None:
         raise OfflineError(
             f"{session.name} is not on this node: load or prefetch it once without offline (weightcache ls shows what is "
@@ -397,7 +547,9 @@ def look(session: Session, keys: Iterable[ChunkKey]) -> set[Digest]:
 def decide(
     session: Session, keys: Sequence[ChunkKey], stored: Container[Digest], held: Container[ChunkKey] = ()
 ) -> Plan:
-    return make_plan(session.manifest, keys, stored, session.settings.range_bytes, held)
+    # A published chunk is an object of its own.
+    range_bytes = 0 if session.name.model else session.settings.range_bytes
+    return make_plan(session.manifest, keys, stored, range_bytes, held)
 
 
 def sizes_of(manifest: Manifest, keys: Sequence[ChunkKey]) -> dict[ChunkKey, int]:

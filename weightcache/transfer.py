@@ -27,7 +27,7 @@ from weightcache.origins.base import Stat
 from weightcache.origins.local import FileRange, LocalOrigin
 from weightcache.origins.resilient import Resilient
 from weightcache.planning import Copy, Fetch, Plan, Read, coalesce
-from weightcache.runtime import Runtime
+from weightcache.runtime import Runtime, ended
 from weightcache.tiers.disk import DiskTier, WantedChunk
 from weightcache.tiers.host import HeldImage
 
@@ -332,19 +332,25 @@ class Transfer:
         self.tally.origin_bytes += step.nbytes
         log.debug("fetched [%d, %d) of %s", step.start, step.stop, shard.path)
         for key, view in zip(step.keys, views, strict=True):
-            chunk = shard.chunks[key[1]]
-            try:
-                write = await self._on_worker(self._accept, key, view)
-            except IntegrityError:
-                log.warning(
-                    "bytes [%d, %d) of %s came wrong and are fetched once more", chunk.start, chunk.stop, shard.path
-                )
-                self.origin.discard(chunk.nbytes)
-                await self.origin.read_into(stat, chunk.start, [view])
-                self.tally.origin_bytes += chunk.nbytes
-                write = await self._on_worker(self._accept, key, view)
+            write = await self._accept_or_again(key, view, stat)
             if write is not None and self.wait_for_disk:
                 await asyncio.wrap_future(write)
+
+    async def _accept_or_again(
+        self, key: ChunkKey, view: memoryview, stat: Stat
+    ) -> concurrent.futures.Future[None] | None:
+        """Accept a chunk that arrived, or one that is fetched once more where that may help."""
+        assert self.origin is not None
+        chunk = self.manifest.shards[key[0]].chunks[key[1]]
+        while True:
+            try:
+                return await self._on_worker(self._accept, key, view)
+            except IntegrityError:
+                if not self.origin.discard(stat, chunk.start, chunk.nbytes):
+                    raise
+            log.warning("bytes [%d, %d) of %s came wrong and are fetched once more", chunk.start, chunk.stop, stat.path)
+            await self.origin.read_into(stat, chunk.start, [view])
+            self.tally.origin_bytes += chunk.nbytes
 
     def _accept(self, key: ChunkKey, view: memoryview) -> concurrent.futures.Future[None] | None:
         """Verify a chunk that arrived and hand it on. Returns the write behind, if there is one."""
@@ -448,15 +454,7 @@ class Transfer:
     async def _on_worker(self, work: Callable[..., T], *arguments: object) -> T:
         """Run a step on a worker thread. Cancelled, it is told to stop, and waited for: nothing moves afterwards."""
         future, outcome = self.threads.submit(work, *arguments)
-        running = asyncio.wrap_future(future)
-        try:
-            await asyncio.shield(running)
-        except asyncio.CancelledError:
-            self.crew.stop.set()
-            if not future.cancel():
-                await asyncio.wait([running])
-                running.exception()  # seen: the cancellation is what is told
-            raise
+        await ended(future, self.crew.stop.set)
         return outcome.pop()
 
 

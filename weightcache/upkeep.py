@@ -189,7 +189,7 @@ def _disk() -> Iterator[DiskTier]:
 
 
 def _name(uri: str) -> str:
-    return str(parse_uri(uri, fsspec.available_protocols(), str(Path.cwd())))
+    return str(parse_uri(uri, fsspec.available_protocols(), str(Path.cwd()), read_settings().stores))
 
 
 def _find(disk: DiskTier, uri: str, *, or_none: bool = False) -> list[ModelRecord]:

@@ -20,7 +20,10 @@ from hostile import ALWAYS, Answer, Fault, HostileServer, Peer, objects_of
 from reference import assert_same, tensors_of
 
 import weightcache
-from weightcache.errors import AccessDeniedError, OriginError, WeightcacheError
+from weightcache.errors import AccessDeniedError, OriginError, ResidencyError, WeightcacheError
+from weightcache.origins.pace import throttle
+from weightcache.origins.plane import Wiring
+from weightcache.origins.s3 import S3Origin
 
 N_TENSORS = 6
 SHAPES: models.Shapes = {f"layer.{number}.weight": ("F32", (256, 1024)) for number in range(N_TENSORS)}
@@ -375,6 +378,28 @@ def test_a_bucket_that_is_in_no_region_is_an_error(server: HostileServer, there:
     assert type(error) is OriginError
     assert "PermanentRedirect" in str(error)
     assert len(gate.refused) == (2 if there == "eu-west-1" else 1)
+
+
+@pytest.mark.parametrize("form", ["moved", "header", "body"])
+def test_g26_a_region_that_is_forbidden_is_not_asked(server: HostileServer, form: str) -> None:
+    told: list[str] = []
+
+    def check_region(region: str) -> None:
+        told.append(region)
+        raise ResidencyError(f"not from {region}")
+
+    async def listed() -> object:
+        options = {"endpoint_url": server.endpoint, "key": "key", "secret": SECRET}
+        origin = S3Origin("s3://bucket/model", options, Wiring(5.0, check_region=check_region), throttle(0))
+        try:
+            return await origin.list()
+        finally:
+            await origin.close()
+
+    gate = Gate(server, region(form))
+    with pytest.raises(ResidencyError, match=f"not from {THERE}"):
+        asyncio.run(listed())
+    assert (told, gate.refused, gate.passed) == ([THERE], ["GET"], [])
 
 
 @pytest.mark.parametrize("first", ["clock", "region"])

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import logging
 import os
 import pty
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 from cache_folder import chunk_files, flip_byte
+from commands import Answer, Run
 from models import write_tiny_sharded
 
 import weightcache
@@ -24,13 +23,31 @@ from weightcache import errors
 from weightcache.cli.load import load
 from weightcache.cli.output import Output, ago, printable, size, usd
 from weightcache.ledger import Ledger
-from weightcache.prices import LISTED
+from weightcache.prices import LISTED, price_of
 from weightcache.spending import append, bill
 
 TIMEOUT_S = 60.0
 CLI = (sys.executable, "-m", "weightcache")
 NOBODY_LISTENS = "endpoint_url=http://127.0.0.1:1"
-COMMANDS = ("completion", "cost", "doctor", "evict", "load", "ls", "pin", "plan", "prefetch", "pull", "unpin", "verify")
+COMMANDS = (
+    *("load", "pull", "prefetch", "plan"),
+    *(
+        "publish",
+        "tags",
+        "revisions",
+        "tag",
+        "diff",
+        "rm",
+        "gc",
+        "check",
+        "replicate",
+        "keygen",
+        "sign",
+        "trust",
+        "audit",
+    ),
+    *("ls", "verify", "evict", "pin", "unpin", "cost", "config", "doctor", "completion"),
+)
 
 # What is patched for a run in a process of its own.
 WITHOUT_THE_EXTRA = "sys.modules.update(click=None, rich=None)"
@@ -58,41 +75,6 @@ def run_patched(patch: str, *arguments: str, then: str = "") -> subprocess.Compl
     )
     command = [sys.executable, "-c", "\n".join(lines)]
     return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
-Answer = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """Run the command line like `run`, but in this process: the same edge without the start."""
-    root, own = logging.getLogger(), logging.getLogger("weightcache")
-    before = root.handlers[:], root.level, own.level
-
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        monkeypatch.setattr(sys, "argv", ["weightcache", *map(str, arguments)])
-        code = weightcache.cli.main()
-        return subprocess.CompletedProcess(sys.argv, code, *capsys.readouterr())
-
-    yield run
-    gc.collect()  # an error that crossed threads is a cycle, and holds the files of its frames open
-    root.handlers[:] = before[0]
-    root.setLevel(before[1])
-    own.setLevel(before[2])
-
-
-@pytest.fixture
-def answer(run_here: Run) -> Answer:
-    """Run a command with --json that succeeds without a word on stderr; return its one object."""
-
-    def run(*arguments: object) -> dict[str, Any]:
-        ran = run_here(*arguments, "--json")
-        assert (ran.returncode, ran.stderr) == (0, "")
-        found: dict[str, Any] = json.loads(ran.stdout)
-        return found
-
-    return run
 
 
 @pytest.fixture
@@ -261,7 +243,10 @@ def test_cost_sums_up_what_loads_asked_for(answer: Answer, run_here: Run, tmp_pa
     (tmp_path / "cache").mkdir()
     for number, uri in enumerate(("s3://bucket/a", "s3://bucket/b")):
         ledger = Ledger("s3://bucket", n_gets=1000, n_lists=number, received_bytes=10**9)
-        append(tmp_path / "cache", bill(uri, [ledger], 2 * 10**9, {}, 1_796_000_000 + number))  # 2026-11-30
+        append(
+            tmp_path / "cache",
+            bill(uri, [ledger], 2 * 10**9, lambda place: price_of(place, {}), 1_796_000_000 + number),
+        )  # 2026-11-30
     found = answer("cost", "--since", "2026-11")
     assert [row["name"] for row in found["rows"]] == ["s3://bucket"]
     assert found["total"]["n_gets"] == 2000
@@ -286,6 +271,115 @@ def test_cost_since_nonsense_is_a_usage_error(run_here: Run) -> None:
     ran = run_here("cost", "--since", "yesterday")
     assert (ran.returncode, ran.stdout) == (2, "")
     assert "since='yesterday': expected an age such as 7d" in ran.stderr
+
+
+def test_cost_is_simulated_store_by_store(answer: Answer, run_here: Run, tmp_path: Path) -> None:
+    found = answer("cost", "--simulate")
+    assert [month["store"] for month in found["months"]] == ["aws", "gcs", "azure", "r2", "tigris", "b2"]
+    assert found["months"][0]["usd"] == pytest.approx(1234.5538)
+    ran = run_here("cost", "--simulate", "--model-gb", "140", "--loads", "100", "--nodes", "1")
+    lines = ran.stdout.splitlines()
+    assert lines[0] == "A 140.00 GB model, 100 loads a month to another cloud, 8345 GETs each if cold."
+    assert lines[1] == "All of them cold; then with the disk cache, 1 of them cold."
+    amounts = "3.22 USD 1231.00 USD 0.3338 USD 1234.55 USD 3.60 USD 0.0033 USD 6.82 USD 1227.73 USD"
+    assert lines[3].split() == ["aws", *amounts.split()]
+    assert "0.085 from 10 TB" in ran.stdout
+    assert answer("cost", "--simulate", "--loads", "50", "--hit-share", "0.9")["n_cold"] == 5
+    assert not (tmp_path / "cache").exists()
+
+
+def test_cost_of_configured_replicas_is_simulated(
+    answer: Answer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "my.toml").write_text('[[stores.prod.replicas]]\nname = "here"\nurl = "/r"\negress_usd_per_gb = 0.5')
+    monkeypatch.setenv("WEIGHTCACHE_CONFIG", str(tmp_path / "my.toml"))
+    month = answer("cost", "--simulate", "--model-gb", "1", "--loads", "4")["months"][-1]
+    assert (month["store"], month["egress_usd"], month["cached_egress_usd"]) == ("prod/here", 2.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--loads", "5"], ["--simulate", "--by", "model"], ["--simulate", "--since", "7d"]]
+)
+def test_cost_takes_no_options_that_would_mean_nothing(run_here: Run, arguments: Sequence[str]) -> None:
+    ran = run_here("cost", *arguments)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert "--simulate" in ran.stderr
+
+
+CONFIGURATION = """
+threads = 3
+redirect_hosts = ["h"]
+[prices.aws]
+egress_usd_per_gb = 0
+[node]
+provider = "aws"
+jurisdiction = "eu"
+allow = { jurisdictions = ["eu"] }
+[stores.prod]
+deny = { providers = ["gcs"] }
+[[stores.prod.replicas]]
+url = "s3://models/registry"
+endpoint = "https://t3.storage.dev"
+region = "fra"
+jurisdiction = "eu"
+profile = "mine"
+access = "write"
+replicates_itself = true
+[[stores.prod.replicas]]
+name = "lake"
+url = "s3://lake/registry"
+"""
+
+
+def test_configuration_is_shown_as_it_is_understood(answer: Answer, run_here: Run, tmp_path: Path) -> None:
+    path = tmp_path / "my.toml"
+    path.write_text(CONFIGURATION)
+    found = answer("config", "check", path)
+    assert found["file"] == str(path)
+    assert found["settings"]["threads"] == {"value": 3, "from": str(path)}
+    assert found["policy"] == {"allow": {"jurisdictions": ["eu"]}}
+    store = found["stores"]["prod"]
+    assert (store["policy"], store["trust"], store["publish_to"]) == (
+        {"deny": {"providers": ["gcs"]}},
+        [],
+        "tigris-fra",
+    )
+    tigris, lake = store["replicas"]
+    assert {key: tigris[key] for key in ("name", "region", "access", "replicates_itself")} == {
+        "name": "tigris-fra",
+        "region": "fra",
+        "access": "write",
+        "replicates_itself": True,
+    }
+    assert (lake["price"]["egress_usd_per_gb"], lake["access"]) == (0.0, "read")
+    shown = run_here("config", "check", path).stdout
+    lines = [line.split() for line in shown.splitlines()]
+    assert ["file", str(path)] in lines
+    assert ["node", "aws/?/eu"] in lines
+    assert ["policy", "allow", "jurisdictions", "eu"] in lines
+    assert ["threads", "3,", "from", str(path)] in lines
+    assert ["prices", "aws:", "egress_usd_per_gb", "0,", "from", str(path)] in lines
+    assert ["publishes", "to", "tigris-fra"] in lines
+    [row] = [line for line in shown.splitlines() if line.startswith("tigris-fra")]
+    for words in (
+        "https://t3.storage.dev (profile mine)",
+        "tigris/fra/eu, replicates itself",
+        "write",
+        "0 USD a GB",
+        LISTED,
+    ):
+        assert words in row
+
+
+def test_configuration_without_a_file_is_the_environments(
+    answer: Answer, run_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    found = answer("config", "check")
+    assert found["file"] is None
+    assert found["settings"] == {"dir": {"value": str(tmp_path / "cache"), "from": "the environment"}}
+    assert "every place" in run_here("config", "check").stdout
+    assert not (tmp_path / "cache").exists()
 
 
 def test_doctor_finds_and_keeps_secrets() -> None:
@@ -322,7 +416,7 @@ def s3(*arguments: str) -> Sequence[str]:
     return ("plan", "s3://bucket/model", "--storage-option", NOBODY_LISTENS, *arguments)
 
 
-KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "WEIGHTCACHE_ATTEMPTS": "1"}
+KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "WEIGHTCACHE_CONFIG": "once.toml"}
 
 
 @pytest.mark.parametrize(
@@ -330,8 +424,16 @@ KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "WEIGHTCA
     [
         ("config", 2, ["ls"], {"WEIGHTCACHE_DIRR": "/x"}),
         ("config", 2, ["prefetch", "model", "--tier", "host"], {}),
+        ("config", 2, ["config", "check", "absent.toml"], {}),
+        ("config", 2, ["config", "check", "stores.toml"], {}),
+        ("config", 2, ["cost", "--simulate", "--hit-share", "2"], {}),
+        ("uri", 2, ["plan", "wc://prod/model"], {}),
+        ("uri", 2, ["plan", "wc://prod"], {"WEIGHTCACHE_CONFIG": "prod.toml"}),
+        ("uri", 2, ["plan", "model@"], {}),
         ("uri", 2, ["plan", "s3://user:password@bucket/model"], {}),
+        ("uri", 2, ["plan", "s3://user:password@bucket/model@v1"], {}),
         ("not-found", 3, ["plan", "nowhere"], {}),
+        ("not-found", 3, ["plan", "model@v1"], {}),
         ("not-found", 3, ["evict", "model"], {}),
         ("access-denied", 4, s3(), {}),
         ("format", 5, ["plan", "broken"], {}),
@@ -357,6 +459,9 @@ def test_error_is_one_line_and_a_code(
         monkeypatch.setenv(name, value)
     Path("broken").mkdir()
     Path("broken/model.safetensors").write_bytes(b"not at all")
+    Path("once.toml").write_text("attempts = 1")
+    Path("prod.toml").write_text('[[stores.prod.replicas]]\nurl = "/r"')
+    Path("stores.toml").write_text('[[stores.prod.replicas]]\nurl = "s3://user:password@bucket/r"')
     Path("newer").mkdir()
     Path("newer/weightcache.json").write_text('{"version": 999}')
     ran = run_here(*arguments, "--json")

@@ -1,16 +1,20 @@
-"""The README's Python runs as it stands, on a small model in a real bucket and the devices of a stand-in driver."""
+"""The README's Python and its commands on registries run as they stand: on a small model in a real bucket, on the devices
+of a stand-in driver, on a store of two buckets.
+"""
 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import models
 import pytest
 import torch
+from commands import Run
 from hosted import host
-from servers import Bucket, Proxy
+from servers import Bucket, Proxy, S3Server
 from standin import StandIn, build_standin
 
 import weightcache
@@ -76,3 +80,26 @@ def test_readme_python_runs(
         exec(block.replace("s3://bucket/llama-3-8b", hosted.url), names)
     assert (tmp_path / "folder" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     names["model"].close()
+
+
+def test_readme_publishes_once_and_reads_anywhere(
+    tmp_path: Path, s3: S3Server, run_here: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed, name in enumerate(("llama", "tuned")):
+        (tmp_path / name).mkdir()
+        models.write_safetensors(tmp_path / name / "model.safetensors", SHAPES, seed)
+    buckets = [s3.create_bucket() for _ in range(2)]
+    replica = '[[stores.prod.replicas]]\nname = "{0}"\nurl = "s3://{0}/registry"\nendpoint = "{1}"\naccess = "write"\n'
+    (tmp_path / "weightcache.toml").write_text("".join(replica.format(each.name, s3.endpoint) for each in buckets))
+    monkeypatch.setenv("WEIGHTCACHE_CONFIG", str(tmp_path / "weightcache.toml"))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.secret)
+    monkeypatch.chdir(tmp_path)
+    section = README.read_text().partition("## Publish once, read anywhere")[2]
+    commands = section.partition("```bash\n")[2].partition("```")[0].splitlines()
+    assert len(commands) == 5
+    for command in commands:
+        ran = run_here(*shlex.split(command, comments=True)[1:])
+        assert (ran.returncode, ran.stderr) == (0, "")
+    for bucket in buckets:
+        bucket.remove()

@@ -25,6 +25,7 @@ def test_counts_are_all_numbers_by_name() -> None:
         ("s3://bucket/a", "http://127.0.0.1:9000/", "http://127.0.0.1:9000/bucket"),
         ("s3://bucket/a", "https://host/behind/a/path/", "https://host/behind/a/path/bucket"),
         ("gs://bucket/a", "", "gs://bucket"),
+        ("/mnt/registry", "", "/mnt/registry"),
         ("https://host:8000/a/b", "", "https://host:8000"),
         ("abfss://container@account.dfs.core.windows.net/a", "", "abfss://container@account.dfs.core.windows.net"),
         ("s3://bucket/a", "no url", "unknown/bucket"),

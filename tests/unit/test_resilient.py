@@ -41,6 +41,7 @@ class MemoryOrigin:
         self.n_asked = 0
         self.closed = False
         self.ledger = Ledger()
+        self.ledgers = [self.ledger]
         self.asked: list[tuple[int, int]] = []
         self.takes_s: list[float] = []
 

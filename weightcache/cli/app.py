@@ -13,11 +13,27 @@ import click
 import weightcache
 from weightcache import errors
 from weightcache.cli.completion import completion
+from weightcache.cli.config import config
 from weightcache.cli.cost import cost
 from weightcache.cli.doctor import doctor
 from weightcache.cli.load import load, plan, prefetch, pull
 from weightcache.cli.options import output_options
 from weightcache.cli.output import Output
+from weightcache.cli.registry import (
+    audit,
+    check,
+    diff,
+    gc,
+    keygen,
+    publish,
+    replicate,
+    revisions,
+    rm,
+    sign,
+    tag,
+    tags,
+    trust,
+)
 from weightcache.cli.store import evict, ls, pin, unpin, verify
 
 log = logging.getLogger(__name__)
@@ -32,9 +48,11 @@ Exit codes:
     1  internal error, broken machine  8  offline
     2  usage, configuration or URI     9  capacity
     3  not found                      10  device
-    4  access denied                  11  cache format
+    4  access denied                  11  cache or registry format
     5  format of the model            12  in use
-    6  integrity                     130  interrupted
+    6  integrity                      13  residency
+   14  signature                      15  conflict
+  130  interrupted
 
 Settings come from the environment (WEIGHTCACHE_DIR, WEIGHTCACHE_OFFLINE, ...) and ~/.config/weightcache.toml.
 """
@@ -54,7 +72,11 @@ class Root(click.Group):
 
 @click.group(
     cls=Root,
-    commands=[load, pull, prefetch, plan, ls, verify, evict, pin, unpin, cost, doctor, completion],
+    commands=[
+        *(load, pull, prefetch, plan),
+        *(publish, tags, revisions, tag, diff, rm, gc, check, replicate, keygen, sign, trust, audit),
+        *(ls, verify, evict, pin, unpin, cost, config, doctor, completion),
+    ],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog=EPILOG,
 )
@@ -64,7 +86,7 @@ def root() -> None:
     """Bring model weights from object storage to tensors near the speed of the hardware, and keep them near.
 
     A model is named by a folder or prefix that holds safetensors (s3://bucket/model, gs://..., hf://org/name, ./folder),
-    or by one safetensors file.
+    by one safetensors file, or in a registry by its tag or digest (s3://bucket/registry/model@tag, wc://store/model@tag).
 
     Example: weightcache load s3://bucket/llama-3-8b
     """

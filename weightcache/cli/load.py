@@ -19,12 +19,15 @@ from weightcache.cli.options import (
     timeout_option,
     uri_argument,
 )
-from weightcache.cli.output import Output, show_table, size, usd
+from weightcache.cli.output import Output, count, show_table, size, usd
 
 
 @click.command()
 @uri_argument
 @device_option
+@click.option(
+    "--artefacts", metavar="FOLDER", help="Place compiled code there that a revision carries for this machine."
+)
 @click.option("--dtype", help="Convert floating-point tensors: bfloat16, float16, float32 or float64.")
 @include_option
 @exclude_option
@@ -130,7 +133,7 @@ def _show_report(facts: Mapping[str, Any]) -> None:
 
 
 def _asked(counts: Mapping[str, Any]) -> str:
-    requests = f"{counts['n_gets']} GETs, {counts['n_lists']} listings"
+    requests = f"{count(counts['n_gets'], 'GET')}, {count(counts['n_lists'], 'listing')}"
     return f"{requests}, {size(counts['received_bytes'])}, {usd(counts['usd'])} ({counts['provider']})"
 
 
@@ -138,11 +141,12 @@ def _show_plan(facts: Mapping[str, Any]) -> None:
     rows = [
         ("model", facts["uri"]),
         ("revision", facts["revision"]),
-        ("tensors", f"{facts['n_tensors']}, {size(facts['tensor_bytes'])}, from {facts['n_shards']} shards"),
+        ("tensors", f"{facts['n_tensors']}, {size(facts['tensor_bytes'])}, from {count(facts['n_shards'], 'shard')}"),
         ("files", str(facts["n_files"])),
         ("host memory", size(facts["image_bytes"])),
         ("from host memory", size(facts["host_bytes"])),
-        ("from disk", f"{size(facts['disk_bytes'])} in {facts['n_reads']} reads"),
-        ("from origin", f"{size(facts['origin_bytes'])} in {facts['n_fetches']} fetches"),
+        ("from disk", f"{size(facts['disk_bytes'])} in {count(facts['n_reads'], 'read')}"),
+        ("from origin", f"{size(facts['origin_bytes'])} in {count(facts['n_fetches'], 'range')}"),
+        *((f"choice of {name}", reason) for name, reason in facts["choices"].items()),
     ]
     show_table(("", ""), rows)

@@ -48,7 +48,7 @@ def _choose_verbosity(ctx: click.Context, _: click.Parameter, count: int) -> Non
     output.log(count)
 
 
-def _read_storage_options(ctx: click.Context, parameter: click.Parameter, given: Sequence[str]) -> dict[str, Any]:
+def options_reader(ctx: click.Context, parameter: click.Parameter, given: Sequence[str]) -> dict[str, Any]:
     """Read `KEY=VALUE`s: a value is JSON if it can be, else text; dots in a key lead into nested options."""
     options: dict[str, Any] = {}
     for pair in given:
@@ -114,7 +114,7 @@ storage_option = click.option(
     "storage_options",
     multiple=True,
     metavar="KEY=VALUE",
-    callback=_read_storage_options,
+    callback=options_reader,
     help="For the origin, as in fsspec: endpoint_url=http://host:9000, anon=true, client_kwargs.region_name=eu-west-1. "
     "Other users of this machine can see it: keep secrets in the environment.",
 )

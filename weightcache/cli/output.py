@@ -101,6 +101,11 @@ def size(nbytes: int) -> str:
     return f"{nbytes} B"
 
 
+def count(number: int, what: str) -> str:
+    """Spell a number of things: `1 tag`, `2 tags`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def usd(amount: float) -> str:
     """Spell an amount of money: `12.34 USD`, and small ones to a hundredth of a cent."""
     if 0 < amount < 0.0001:

@@ -129,7 +129,8 @@ def refusal(status: int, uri: str, said: str, retry_after_s: float | None) -> We
                 f"a file of {uri} changed since the model was described ({told}); load again when its writer is done",
                 uri=uri,
             )
-    if status in (408, 425, 429) or (status >= 500 and status not in (501, 505)):
+    # S3 says 409 to a write on a condition while another writes the same: the next attempt will see what that wrote.
+    if status in (408, 409, 425, 429) or (status >= 500 and status not in (501, 505)):
         is_throttled = status in (429, 503)
         return TransientOriginError(told, status=status, is_throttled=is_throttled, retry_after_s=retry_after_s)
     return OriginError(f"{uri} answered {told}: look at the server", uri=uri, status=status)

@@ -55,6 +55,7 @@ class Connection(asyncio.BufferedProtocol):
         self._head = memoryview(bytearray(HEAD_LIMIT_NBYTES))
         self._n_head = 0
         self._n_exchanges = 0
+        self._n_sending = 0
         self._views: deque[memoryview] = deque()
         self._left = 0
         self._done: asyncio.Future[Answer] | None = None
@@ -77,16 +78,18 @@ class Connection(asyncio.BufferedProtocol):
         views: Sequence[memoryview],
         judge: Judge,
         limit_nbytes: int,
+        body: bytes | memoryview = b"",
     ) -> Answer:
         """Send a request and take its response.
 
         Args:
-            method: GET or HEAD.
+            method: GET, HEAD, PUT or DELETE.
             target: As it stands in the request line.
             headers: Beside Host.
             views: Where the body goes, filled one after the other, if `judge` says that it is data.
             judge: Told the head; raises what it cannot be, and is the one to compare the length with the views'.
             limit_nbytes: Most bytes of a body that is collected; what is beyond is cut off.
+            body: What is sent; not copied, so it must not change before this returns.
 
         Raises:
             TransientOriginError: A broken connection or response; fact `received_bytes`: how much of the views is filled.
@@ -105,12 +108,18 @@ class Connection(asyncio.BufferedProtocol):
         self._n_head = self._n_interim = 0
         self._keep = True
         self.received_bytes = 0
+        self._n_sending = len(body)
         self._mark = (asyncio.get_running_loop().time(), 0)
         self._done = asyncio.get_running_loop().create_future()
         self._state = _State.HEAD
         try:
             request = h11.Request(method=method, target=target, headers=[("Host", self._host), *headers])
-            self._transport.write((self._wire.send(request) or b"") + (self._wire.send(h11.EndOfMessage()) or b""))
+            head = self._wire.send(request) or b""
+            if body:
+                self._wire.send_with_data_passthrough(h11.Data(data=body))  # type: ignore[arg-type]
+            self._transport.write(head + (self._wire.send(h11.EndOfMessage()) or b""))
+            if body:
+                self._transport.write(body)
             return await self._done
         except (h11.LocalProtocolError, UnicodeEncodeError):  # their words would show a header's value
             self._keep = False
@@ -129,12 +138,15 @@ class Connection(asyncio.BufferedProtocol):
         if self._is_paused:
             return
         since, nbytes = self._mark
-        came = self.received_bytes if self._state is _State.DATA else len(self._collected)
-        if self._state is not _State.HEAD and came - nbytes >= LEAST_BYTES_PER_S * patience_s:
+        if self._state is _State.HEAD:
+            came = self._n_sent
+        else:
+            came = self._n_sending + (self.received_bytes if self._state is _State.DATA else len(self._collected))
+        if came - nbytes >= LEAST_BYTES_PER_S * patience_s:
             self._mark = (now, came)
         elif now - since > patience_s:
             what = "no answer" if self._state is _State.HEAD else f"{came - nbytes} bytes"
-            self._fail(TransientOriginError(f"the connection stalled: {what} in {now - since:.1f} s"))
+            self.fail(TransientOriginError(f"the connection stalled: {what} in {now - since:.1f} s"))
 
     def abort(self) -> None:
         """Close at once; nothing is written into views afterwards."""
@@ -184,17 +196,23 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         how = f"{type(exc).__name__}: {exc}" if exc is not None else "the server closed it"
         if self._state is _State.HEAD and not self._n_head and self._n_exchanges:
-            self._fail(ClosedIdleError(f"the connection was closed before an answer ({how})"))
+            self.fail(ClosedIdleError(f"the connection was closed before an answer ({how})"))
         elif self._state is _State.DATA:
-            self._fail(TransientOriginError(f"the body ended {self._left} bytes before the end announced ({how})"))
+            self.fail(TransientOriginError(f"the body ended {self._left} bytes before the end announced ({how})"))
         else:
-            self._fail(TransientOriginError(f"the connection broke before the answer was whole ({how})"))
+            self.fail(TransientOriginError(f"the connection broke before the answer was whole ({how})"))
         self._state = _State.CLOSED
         self._views.clear()
         if not self._closed.done():
             self._closed.set_result(None)
 
     # -- small steps
+
+    @property
+    def _n_sent(self) -> int:
+        """Bytes of the request's body that the socket has taken."""
+        unsent = self._transport.get_write_buffer_size() if self._transport is not None else 0
+        return max(0, self._n_sending - unsent)
 
     def _took(self, nbytes: int) -> None:
         self.received_bytes += nbytes
@@ -207,7 +225,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _resume(self) -> None:
         self._is_paused = False
-        self._mark = (asyncio.get_running_loop().time(), self.received_bytes)
+        self._mark = (asyncio.get_running_loop().time(), self._n_sending + self.received_bytes)
         if self._state is not _State.CLOSED and self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
 
@@ -217,18 +235,18 @@ class Connection(asyncio.BufferedProtocol):
         end = text.find(b"\r\n\r\n", max(0, seen - 3)) + 4
         if end < 4:
             if self._n_head == HEAD_LIMIT_NBYTES:
-                self._fail(TransientOriginError(f"a response head of more than {HEAD_LIMIT_NBYTES} bytes"))
+                self.fail(TransientOriginError(f"a response head of more than {HEAD_LIMIT_NBYTES} bytes"))
             return
         try:
             self._wire.receive_data(text[:end])
             event = self._wire.next_event()
         except h11.RemoteProtocolError as exc:
-            self._fail(TransientOriginError(f"not an HTTP response: {str(exc)[:200]}"))
+            self.fail(TransientOriginError(f"not an HTTP response: {str(exc)[:200]}"))
             return
         if isinstance(event, h11.InformationalResponse):
             self._n_interim += 1
             if self._n_interim > N_INTERIM:
-                self._fail(TransientOriginError(f"more than {N_INTERIM} interim responses"))
+                self.fail(TransientOriginError(f"more than {N_INTERIM} interim responses"))
                 return
             rest = text[end:]
             self._head[: len(rest)] = rest
@@ -237,13 +255,13 @@ class Connection(asyncio.BufferedProtocol):
                 self._read_head(0)
             return
         if not isinstance(event, h11.Response):
-            self._fail(TransientOriginError(f"not an HTTP response: {text[:40]!r}"))
+            self.fail(TransientOriginError(f"not an HTTP response: {text[:40]!r}"))
             return
         self._answer = Answer(event.status_code, tuple((bytes(key), bytes(value)) for key, value in event.headers))
         try:
             is_data = self._judge(self._answer)
         except WeightcacheError as exc:
-            self._fail(exc)
+            self.fail(exc)
             return
         self._keep = (
             event.http_version == b"1.1" and b"close" not in dict(event.headers).get(b"connection", b"").lower()
@@ -294,14 +312,17 @@ class Connection(asyncio.BufferedProtocol):
                 else:
                     return
         except h11.RemoteProtocolError as exc:
-            self._fail(TransientOriginError(f"a broken response: {str(exc)[:200]}"))
+            self.fail(TransientOriginError(f"a broken response: {str(exc)[:200]}"))
 
     def _finish(self, answer: Answer) -> None:
+        if self._n_sent < self._n_sending:  # an answer before the request was whole
+            self._keep = False
         self._state = _State.IDLE
         if self._done is not None and not self._done.done():
             self._done.set_result(answer)
 
-    def _fail(self, exc: Exception) -> None:
+    def fail(self, exc: Exception) -> None:
+        """End the exchange under way with an error, and be used no more."""
         if isinstance(exc, TransientOriginError):
             exc.facts.setdefault("received_bytes", self.received_bytes)
         self._state = _State.CLOSED

@@ -17,16 +17,19 @@ import fsspec
 from weightcache.errors import (
     AccessDeniedError,
     ConfigError,
+    FormatError,
     ModelNotFoundError,
     OriginChangedError,
     TransientOriginError,
     WeightcacheError,
 )
 from weightcache.ledger import Ledger
-from weightcache.origins.base import Stat
+from weightcache.origins.base import Small, Stat
 from weightcache.origins.pace import Throttle
 
 T = TypeVar("T")
+
+UNNAMED = "unnamed"  # the state of a small file whose file system tells no states apart
 
 
 class FsspecOrigin:
@@ -60,6 +63,10 @@ class FsspecOrigin:
         self.ledger = Ledger()
 
     @property
+    def ledgers(self) -> Sequence[Ledger]:
+        return [self.ledger]
+
+    @property
     def uri(self) -> str:
         return self._uri
 
@@ -82,6 +89,15 @@ class FsspecOrigin:
         for view in views:
             view[:] = body[at : at + len(view)]
             at += len(view)
+
+    async def get(self, name: str, limit_nbytes: int) -> Small:
+        self.ledger.n_gets += 1
+        small = await self._call(lambda: self._get(name, limit_nbytes))
+        self.ledger.received_bytes += len(small.content)
+        return small
+
+    def drop(self) -> None:
+        pass  # a call that blocks a thread cannot be broken off
 
     async def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)  # a stalled call may take as long as it likes
@@ -126,6 +142,12 @@ class FsspecOrigin:
 
     def _look_at(self, name: str) -> Stat:
         return self._stat(name, self._filesystem().info(self._path(name)))
+
+    def _get(self, name: str, limit_nbytes: int) -> Small:
+        stat = self._look_at(name)
+        if stat.nbytes > limit_nbytes:
+            raise FormatError(f"{self._path(name)} has {stat.nbytes} bytes, expected at most {limit_nbytes}")
+        return Small(self._filesystem().cat_file(self._path(name)), stat.etag or UNNAMED)
 
     def _list(self) -> Sequence[Stat]:
         fs = self._filesystem()

@@ -14,14 +14,15 @@ from weightcache.origins.base import Stat
 
 DEPTH = 8  # real pages have 4
 _KEPT = ("IsTruncated", "NextContinuationToken", "EncodingType")
-_KEPT_OF_OBJECTS = ("Key", "Size", "ETag")
+_KEPT_OF_OBJECTS = ("Key", "Size", "ETag", "LastModified")
 
 
 @dataclass(slots=True)
 class Page:
-    """One page: the objects by key, and the token of the next page, None where this is the last."""
+    """One page: the objects by key, when each was written in the server's words, and the token of the next page or None."""
 
     objects: list[Stat] = field(default_factory=list)
+    written: list[str] = field(default_factory=list)
     next_token: str | None = None
 
 
@@ -47,7 +48,8 @@ def parse_page(body: bytes) -> Page:
     if is_truncated == "true" and not token:
         raise TransientOriginError("the listing is truncated and does not say how it goes on")
     decode = unquote_plus if encoding == "url" else str
-    return Page([_stat(decode(each.get("Key", "")), each) for each in reader.objects], token)
+    objects = [_stat(decode(each.get("Key", "")), each) for each in reader.objects]
+    return Page(objects, [each.get("LastModified", "") for each in reader.objects], token)
 
 
 def _stat(key: str, said: dict[str, str]) -> Stat:

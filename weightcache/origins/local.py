@@ -12,11 +12,12 @@ import os
 import stat as modes
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from weightcache.errors import (
     AccessDeniedError,
+    FormatError,
     ModelNotFoundError,
     OriginChangedError,
     OriginError,
@@ -25,7 +26,8 @@ from weightcache.errors import (
 from weightcache.ledger import Ledger
 from weightcache.manifest import MAX_PATH_NBYTES
 from weightcache.operations import Crew, HostPlace, Operations, Place, address_of
-from weightcache.origins.base import Stat
+from weightcache.origins.base import Small, Stat
+from weightcache.runtime import ended
 
 Told = Callable[[Sequence[int]], None]
 
@@ -47,7 +49,11 @@ class LocalOrigin:
         self._folder = folder
         self._workers = workers
         self._file = file
-        self.ledger = Ledger()  # nothing is asked of anybody
+        self.ledger = Ledger()  # nothing is asked of anybody: bytes alone are counted
+
+    @property
+    def ledgers(self) -> Sequence[Ledger]:
+        return [self.ledger]
 
     @property
     def uri(self) -> str:
@@ -57,10 +63,18 @@ class LocalOrigin:
         return await asyncio.get_running_loop().run_in_executor(self._workers, self._list)
 
     async def read_into(self, stat: Stat, start: int, views: Sequence[memoryview]) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._workers, self._read_into, stat, start, views)
+        crew = Crew(threads=1)
+        await ended(self._workers.submit(self._read_into, stat, start, views, crew), crew.stop.set)
+        self.ledger.received_bytes += sum(map(len, views))
+
+    async def get(self, name: str, limit_nbytes: int) -> Small:
+        return await asyncio.get_running_loop().run_in_executor(self._workers, self._get, name, limit_nbytes)
 
     async def check_unchanged(self, stats: Sequence[Stat]) -> None:
         pass  # every read looks at the file's state before and after
+
+    def drop(self) -> None:
+        pass  # a call that blocks a thread cannot be broken off
 
     async def close(self) -> None:
         pass
@@ -78,6 +92,13 @@ class LocalOrigin:
         if not found:
             raise ModelNotFoundError(f"the folder {self._folder} is empty: expected safetensors", uri=self.uri)
         return found
+
+    def _get(self, name: str, limit_nbytes: int) -> Small:
+        with self._open(replace(self._stat(name), etag="")) as fd:
+            found = os.fstat(fd)
+            if found.st_size > limit_nbytes:
+                raise FormatError(f"{self.path(name)} has {found.st_size} bytes, expected at most {limit_nbytes}")
+            return Small(os.pread(fd, found.st_size, 0), _etag(found))
 
     def _walk(self, below: str) -> Iterator[str]:
         try:
@@ -184,16 +205,16 @@ class LocalOrigin:
         finally:
             os.close(fd)
 
-    def _read_into(self, stat: Stat, start: int, views: Sequence[memoryview]) -> None:
+    def _read_into(self, stat: Stat, start: int, views: Sequence[memoryview], crew: Crew) -> None:
         ranges: list[FileRange] = []
         for view in views:
             if view:
                 ranges.append(FileRange(stat, start, len(view), HostPlace(address_of(view))))
             start += len(view)
-        self.read(ranges, Crew(threads=1), lambda done: None)
+        self.read(ranges, crew, lambda done: None)
 
     def _check_unchanged(self, fd: int, path: Path, stat: Stat) -> None:
-        if _etag(os.fstat(fd)) != stat.etag:
+        if stat.etag and _etag(os.fstat(fd)) != stat.etag:
             raise OriginChangedError(f"{path} changed while it was read; load again when its writer is done")
 
 

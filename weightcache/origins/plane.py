@@ -11,7 +11,7 @@ import re
 import socket
 import ssl
 import string
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -59,12 +59,16 @@ class Wiring:
         verify: Whether certificates are checked, or the file or folder of those that are trusted.
         proxies: By scheme, `http://[user:password@]host:port`; None means as the environment says.
         redirect_hosts: Hosts beside the origin's own that redirects may lead to; they get no credentials.
+        check_redirect: Raises what forbids bytes to come from such a host.
+        check_region: Raises what forbids bytes to come from a region that S3 leads to.
     """
 
     patience_s: float
     verify: bool | str | Path = True
     proxies: Mapping[str, str] | None = None
     redirect_hosts: Collection[str] = ()
+    check_redirect: Callable[[Host], object] = lambda host: None
+    check_region: Callable[[str], object] = lambda region: None
 
 
 @lru_cache(maxsize=8)
@@ -104,6 +108,7 @@ class Plane:
         self._throttle = throttle
         self._idle: dict[Host, list[Connection]] = {}
         self._busy: set[Connection] = set()
+        self._dialling: set[asyncio.Timeout] = set()
         self._watch: asyncio.TimerHandle | None = None
         self._addresses: dict[tuple[str, int], list[tuple[int, Any]]] = {}
         self._failed: set[tuple[int, Any]] = set()
@@ -120,8 +125,11 @@ class Plane:
         limit_nbytes: int = REFUSAL_NBYTES,
         *,
         is_listing: bool = False,
+        body: bytes | memoryview = b"",
     ) -> Answer:
         """Ask a URL, following redirects to hosts that are allowed; see Connection.exchange.
+
+        What writes goes to the first host alone. `is_listing` is said of what stores price like a listing: writes, too.
 
         Raises:
             TransientOriginError: A failure that is worth another attempt.
@@ -129,11 +137,15 @@ class Plane:
         """
         first = host_of(url)
         for _ in range(N_REDIRECTS + 1):
-            answer = await self._ask(method, url, headers, judge, views, limit_nbytes, is_listing)
+            answer = await self._ask(method, url, headers, judge, views, limit_nbytes, is_listing, body)
             location = answer.get("location") if answer.status in REDIRECTS else None
             if location is None or answer.get("x-amz-bucket-region"):  # S3's way to name a region is s3.py's to take
                 return answer
             url, headers = self._redirected(first, url, location, headers)
+            if method not in ("GET", "HEAD") and host_of(url) != first:
+                raise OriginError(
+                    f"{self._uri}: {first.authority} redirects a write to another host: name that as endpoint"
+                )
         raise OriginError(
             f"{self._uri}: {first.authority} redirects more than {N_REDIRECTS} times: look at the server's configuration"
         )
@@ -159,6 +171,7 @@ class Plane:
                 "redirect_hosts if bytes may come from there",
                 host=host.name,
             )
+        self._wiring.check_redirect(host)
         return url, {name: value for name, value in headers.items() if name.lower() in PLAIN_HEADERS}
 
     async def _ask(
@@ -170,12 +183,15 @@ class Plane:
         views: Sequence[memoryview],
         limit_nbytes: int,
         is_listing: bool,
+        body: bytes | memoryview,
     ) -> Answer:
         host = host_of(url)
         proxy = self._proxy_for(host)
         parts = urlsplit(url)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         ours = {"User-Agent": f"weightcache/{__version__}", "Accept": "*/*", "Accept-Encoding": "identity"}
+        if body or method == "PUT":
+            ours["Content-Length"] = str(len(body))
         theirs = {name.lower() for name in headers}
         given = [*((name, value) for name, value in ours.items() if name.lower() not in theirs), *headers.items()]
         if proxy is not None and host.scheme == "http":
@@ -194,7 +210,7 @@ class Plane:
         else:
             self._ledger.n_gets += 1
         try:
-            answer = await connection.exchange(method, target, given, views, judge, limit_nbytes)
+            answer = await connection.exchange(method, target, given, views, judge, limit_nbytes, body)
         except ClosedIdleError:
             for kept in self._idle.pop(host, ()):  # as old, and likely to be closed, too
                 kept.abort()
@@ -214,6 +230,14 @@ class Plane:
             if connection.is_idle:
                 return connection
         return None
+
+    def drop(self) -> None:
+        """Break off what is under way; it fails like a broken connection, with what had come."""
+        for connection in list(self._busy):
+            connection.fail(TransientOriginError("left for a faster replica", is_left=True))
+        for patience in self._dialling:
+            if not patience.expired():
+                patience.reschedule(0.0)  # which is over
 
     async def close(self) -> None:
         """Close all connections; what is under way fails. May be called twice."""
@@ -276,8 +300,10 @@ class Plane:
         loop = asyncio.get_running_loop()
         what = host.authority if proxy is None else f"{host.authority} through the proxy {host_of(proxy).authority}"
         sock: socket.socket | None = None
+        patience, began = asyncio.timeout(self._wiring.patience_s), loop.time()
+        self._dialling.add(patience)
         try:
-            async with asyncio.timeout(self._wiring.patience_s):
+            async with patience:
                 near = host if proxy is None else host_of(proxy)
                 sock = await self._connect(near)
                 if proxy is not None and host.scheme == "https":
@@ -301,7 +327,7 @@ class Plane:
             ) from exc
         except TimeoutError as exc:
             _close(sock)
-            raise TransientOriginError(f"no connection to {what} in {self._wiring.patience_s:g} s") from exc
+            raise TransientOriginError(f"no connection to {what} in {loop.time() - began:.1f} s") from exc
         except UnicodeError as exc:
             raise ConfigError(f"{self._uri}: {what} is no name of a host") from exc
         except (OSError, ssl.SSLError, EOFError) as exc:
@@ -310,6 +336,8 @@ class Plane:
         except BaseException:
             _close(sock)
             raise
+        finally:
+            self._dialling.discard(patience)
 
     async def _connect(self, host: Host) -> socket.socket:
         """Connect to one of a host's addresses; connections are spread over them, and the next is tried after a failure."""

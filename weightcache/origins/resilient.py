@@ -16,7 +16,8 @@ from typing import TypeVar
 
 from weightcache.errors import DeadlineError, OriginUnreachableError, TransientOriginError
 from weightcache.ledger import Ledger
-from weightcache.origins.base import Origin, Stat
+from weightcache.origins.base import PIECE_NBYTES, Entry, Origin, Small, Stat, WritableOrigin
+from weightcache.origins.chunked import ChunkedOrigin
 from weightcache.origins.connection import ClosedIdleError
 from weightcache.origins.pace import Pace, loop_time
 
@@ -26,7 +27,6 @@ T = TypeVar("T")
 FIRST_PAUSE_S = 0.1
 THROTTLED_PAUSE_S = 0.4
 LONGEST_PAUSE_S = 5.0
-PIECE_NBYTES = 256 << 10  # a broken body is resumed from its last whole piece
 RETRY_BUDGET = 0.10  # of the bytes used, most that broken answers may have cost
 RETRY_FLOOR_NBYTES = 64 << 20
 HEDGE_BUDGET = 0.05  # of the bytes used, most that are asked for beside
@@ -36,6 +36,7 @@ LEAST_HEDGE_S = 0.3
 N_JUDGED = 64  # ranges whose times are remembered
 LEAST_JUDGED = 4
 LOOK_S = 0.1
+MOST_ELSEWHERE = 8  # times that one request goes on at another replica without counting as tried again
 
 
 class Resilient:
@@ -66,14 +67,24 @@ class Resilient:
         self._deadline = deadline
         self._hedges = hedges
         self._jitter = jitter
-        self._pace = Pace(most, lambda: self.ledger.received_bytes)
+        self._pace = Pace(most, self._received_bytes)
         self._extra_bytes = 0
         self._hedged_bytes = 0
         self._took_s: deque[tuple[int, float]] = deque(maxlen=N_JUDGED)
+        self._suspect: set[tuple[str, int]] = (
+            set()
+        )  # ranges that came wrong: each is read in one go then, from one place
 
     @property
     def ledger(self) -> Ledger:
         return self.inner.ledger
+
+    @property
+    def ledgers(self) -> Sequence[Ledger]:
+        return self.inner.ledgers
+
+    def _received_bytes(self) -> int:
+        return sum(ledger.received_bytes for ledger in self.inner.ledgers)
 
     @property
     def uri(self) -> str:
@@ -83,29 +94,34 @@ class Resilient:
         """Wait for one's turn to read a range, and hold it for the length of the block."""
         return self._pace.slot()
 
-    def discard(self, nbytes: int) -> None:
-        """Hear that bytes which were read turned out wrong."""
+    def discard(self, stat: Stat, start: int, nbytes: int) -> bool:
+        """Hear that bytes which were read turned out wrong. Returns whether reading them once more may help."""
         self.used_bytes -= nbytes
         self._extra_bytes += nbytes
+        is_first = (stat.path, start) not in self._suspect
+        self._suspect.add((stat.path, start))
+        is_found_out = isinstance(self.inner, ChunkedOrigin) and self.inner.reject(stat, start)
+        return is_first or is_found_out
 
     async def list(self) -> Sequence[Stat]:
-        before = self.ledger.received_bytes
+        before = self._received_bytes()
         listed = await self._insist(f"listing {self.uri}", self.inner.list)
-        self.used_bytes += self.ledger.received_bytes - before  # pages
+        self.used_bytes += self._received_bytes() - before  # pages
         return listed
 
     async def read_into(self, stat: Stat, start: int, views: Sequence[memoryview]) -> None:
         nbytes = sum(len(view) for view in views)
         left = list(views)
         n_whole = 0  # bytes that lie in the views for good
+        is_suspect = (stat.path, start) in self._suspect
 
         async def ask() -> None:
             nonlocal n_whole
             try:
-                await self._read(stat, start + n_whole, left)
+                await self._read(stat, start + n_whole, left, hedges=self._hedges and not is_suspect)
             except TransientOriginError as exc:
                 n_received = int(exc.facts.get("received_bytes", 0))  # type: ignore[call-overload]
-                resumed_at = (n_whole + n_received) // PIECE_NBYTES * PIECE_NBYTES
+                resumed_at = 0 if is_suspect else (n_whole + n_received) // PIECE_NBYTES * PIECE_NBYTES
                 self._extra_bytes += n_whole + n_received - max(n_whole, resumed_at)
                 exc.facts["is_resumed"] = resumed_at > n_whole
                 _skip(left, max(0, resumed_at - n_whole))
@@ -118,13 +134,22 @@ class Resilient:
             left.clear()  # an error holds the frames it went through, and they what they enclose
         self.used_bytes += nbytes
 
+    async def get(self, name: str, limit_nbytes: int) -> Small:
+        small = await self._insist(f"reading {self.uri}/{name}", lambda: self.inner.get(name, limit_nbytes))
+        self.used_bytes += len(small.content)
+        return small
+
     async def check_unchanged(self, stats: Sequence[Stat]) -> None:
         await self._insist(f"looking again at {self.uri}", lambda: self.inner.check_unchanged(stats))
+
+    def drop(self) -> None:
+        self.inner.drop()
 
     async def close(self) -> None:
         """Close the origin; the ledger is complete then."""
         await self.inner.close()
-        self.ledger.wasted_bytes = max(0, self.ledger.received_bytes - self.used_bytes)
+        if len(self.ledgers) == 1:
+            self.ledgers[0].wasted_bytes = max(0, self._received_bytes() - self.used_bytes)
 
     # -- again
 
@@ -140,6 +165,7 @@ class Resilient:
 
     async def _ask(self, what: str, ask: Callable[[], Awaitable[T]]) -> T:
         attempt = 1
+        n_elsewhere = 0  # failures of replicas while another could be asked
         n_idle_closed = 0  # kept connections that the server closed, which is nobody's failure: one is free
         while True:
             if self._deadline is not None and asyncio.get_running_loop().time() >= self._deadline:
@@ -149,12 +175,14 @@ class Resilient:
             except TransientOriginError as exc:
                 is_throttled = bool(exc.facts.get("is_throttled"))
                 retry_after_s = exc.facts.get("retry_after_s")
-                if is_throttled:
+                is_elsewhere = bool(exc.facts.pop("goes_elsewhere", False)) and n_elsewhere < MOST_ELSEWHERE
+                n_elsewhere += is_elsewhere
+                if is_throttled and not is_elsewhere:
                     self._pace.throttled(float(retry_after_s) if retry_after_s else None)  # type: ignore[arg-type]
                 if exc.facts.get("is_resumed"):
                     attempt = 0
-                is_nobodys = isinstance(exc, ClosedIdleError) and n_idle_closed == 0
-                n_idle_closed += is_nobodys
+                is_nobodys = is_elsewhere or (isinstance(exc, ClosedIdleError) and n_idle_closed == 0)
+                n_idle_closed += is_nobodys and not is_elsewhere
                 if attempt >= self._attempts and not is_nobodys:
                     raise OriginUnreachableError(
                         f"{what} failed {attempt} times, last: {exc}; try again when the origin is healthy",
@@ -169,12 +197,11 @@ class Resilient:
                         extra_bytes=self._extra_bytes,
                     ) from exc
                 pause_s = self._pause_s(attempt, is_throttled, float(retry_after_s or 0))  # type: ignore[arg-type]
-                attempt += 1
-                if is_nobodys:
-                    continue
-                log.debug("%s failed (%s); attempt %d follows in %.2f s", what, exc, attempt, pause_s)
-                self.ledger.n_retries += 1
-                await asyncio.sleep(pause_s)
+                attempt += not is_elsewhere
+                self.ledger.n_retries += is_elsewhere or not is_nobodys
+                if not is_nobodys:
+                    log.debug("%s failed (%s); attempt %d follows in %.2f s", what, exc, attempt, pause_s)
+                    await asyncio.sleep(pause_s)
 
     def _pause_s(self, attempt: int, is_throttled: bool, retry_after_s: float) -> float:
         # Full jitter (Brooker, AWS Architecture Blog, 2015): clients that failed together do not return together.
@@ -186,9 +213,9 @@ class Resilient:
 
     # -- beside
 
-    async def _read(self, stat: Stat, start: int, views: Sequence[memoryview]) -> None:
+    async def _read(self, stat: Stat, start: int, views: Sequence[memoryview], *, hedges: bool) -> None:
         """Read once, and once more beside when that takes far longer than others took."""
-        if not self._hedges:
+        if not hedges:
             await self.inner.read_into(stat, start, views)
             return
         nbytes = sum(len(view) for view in views)
@@ -225,6 +252,25 @@ class Resilient:
             return False
         like = [took_s for size, took_s in self._took_s if 2 * size >= nbytes]
         return len(like) >= LEAST_JUDGED and spent_s > max(LEAST_HEDGE_S, HEDGE_AFTER * median(like))
+
+
+class ResilientWriter(Resilient):
+    """An origin that can be written to, as Resilient as one that is read."""
+
+    inner: WritableOrigin
+
+    async def entries(self, prefix: str) -> Sequence[Entry]:
+        return await self._insist(f"listing {self.uri}/{prefix}", lambda: self.inner.entries(prefix))
+
+    async def put(self, name: str, content: bytes | memoryview, only_if: str | None = None) -> None:
+        """Write a file. A ConflictError may come of an earlier attempt whose answer was lost."""
+        await self._insist(f"writing {self.uri}/{name}", lambda: self.inner.put(name, content, only_if))
+
+    async def delete(self, name: str) -> None:
+        await self._insist(f"removing {self.uri}/{name}", lambda: self.inner.delete(name))
+
+    async def has_conditions(self) -> bool:
+        return await self._insist(f"trying {self.uri}", self.inner.has_conditions)
 
 
 def _skip(left: list[memoryview], nbytes: int) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import botocore.session
@@ -24,13 +25,14 @@ from s3fs import S3FileSystem
 from weightcache.errors import (
     AccessDeniedError,
     ConfigError,
+    FormatError,
     ModelNotFoundError,
     OriginError,
     TransientOriginError,
 )
 from weightcache.ledger import Ledger
 from weightcache.origins.answers import Answer, http_time, is_part, refusal
-from weightcache.origins.base import Stat
+from weightcache.origins.base import Small, Stat
 from weightcache.origins.clock import sign_with_skew
 from weightcache.origins.listing import Page, parse_page
 from weightcache.origins.pace import Throttle
@@ -97,8 +99,12 @@ def endpoint_of(storage_options: Mapping[str, Any]) -> str:
     if not given:
         try:
             session = botocore.session.Session(profile=storage_options.get("profile"))
-            configured = ConfiguredEndpointProvider(session.full_config, session.get_scoped_config(), "s3")
-            given = configured.provide()
+            ignored = (storage_options.get("config_kwargs") or {}).get("ignore_configured_endpoint_urls")
+            if ignored is None:
+                ignored = session.get_config_variable("ignore_configured_endpoint_urls")
+            if not ignored:
+                configured = ConfiguredEndpointProvider(session.full_config, session.get_scoped_config(), "s3")
+                given = configured.provide()
         # From here on: of a service that gives credentials.
         except (exceptions.HTTPClientError, exceptions.ConnectionError) as exc:
             raise TransientOriginError(f"{type(exc).__name__}: {exc}") from exc
@@ -150,6 +156,10 @@ class S3Origin:
         self.ledger = Ledger()
 
     @property
+    def ledgers(self) -> Sequence[Ledger]:
+        return [self.ledger]
+
+    @property
     def uri(self) -> str:
         return self._uri
 
@@ -180,10 +190,10 @@ class S3Origin:
             )
         return found
 
-    async def _pages(self, prefix: str) -> AsyncIterator[Page]:
+    async def _pages(self, prefix: str, n_pages: int = N_PAGES) -> AsyncIterator[Page]:
         token: dict[str, str] = {}
         seen: set[str] = set()
-        for _ in range(N_PAGES):
+        for _ in range(n_pages):
             answer = await self._ask("GET", "list_objects_v2", {"Prefix": prefix, **token}, PAGE_NBYTES)
             if len(answer.body) > PAGE_NBYTES:
                 raise OriginError(f"a page of the listing of {self._uri}/ has more than {PAGE_NBYTES} bytes")
@@ -197,12 +207,27 @@ class S3Origin:
                 )
             seen.add(page.next_token)
             token = {"ContinuationToken": page.next_token}
-        raise OriginError(f"the listing of {self._uri}/ has more than {N_PAGES} pages: name the model's own folder")
+        raise OriginError(f"the listing of {self._uri}/ has more than {n_pages} pages: name the model's own folder")
 
     async def _ask(
-        self, method: str, operation: str, parameters: Mapping[str, str], limit_nbytes: int = REFUSAL_NBYTES
+        self,
+        method: str,
+        operation: str,
+        parameters: Mapping[str, str],
+        limit_nbytes: int = REFUSAL_NBYTES,
+        *,
+        headers: Mapping[str, str] = MappingProxyType({}),
+        body: bytes | memoryview = b"",
+        name: str = "",
     ) -> Answer:
-        """Ask for what is no object's body, and return the answer if it is none that refuses."""
+        """Ask for what does not go into views, and return the answer if it is none that refuses.
+
+        Args:
+            limit_nbytes: Most of its body that is read.
+            headers: Beside those of every request; not signed.
+            body: What is sent.
+            name: The object that is meant, for errors.
+        """
         async with self._asking() as (client, plane):
             url = await client.generate_presigned_url(
                 operation, Params={"Bucket": self._bucket, **self._payer, **parameters}, ExpiresIn=SIGNED_FOR_S
@@ -210,13 +235,14 @@ class S3Origin:
         answer = await plane.request(
             method,
             url,
-            self._headers,
+            {**self._headers, **headers},
             lambda answer: False,
             limit_nbytes=limit_nbytes,
-            is_listing=operation != "head_object",
+            is_listing=operation not in ("head_object", "get_object"),
+            body=body,
         )
         if answer.status >= 300:
-            raise await self._refusal(answer, is_fresh=True)
+            raise await self._refusal(answer, name, is_fresh=True)
         return answer
 
     async def read_into(self, stat: Stat, start: int, views: Sequence[memoryview]) -> None:
@@ -228,7 +254,11 @@ class S3Origin:
         answer = await plane.request(
             "GET",
             url,
-            {**self._headers, "Range": f"bytes={start}-{stop - 1}", "If-Match": stat.etag},
+            {
+                **self._headers,
+                "Range": f"bytes={start}-{stop - 1}",
+                **({"If-Match": stat.etag} if stat.etag else {}),
+            },
             lambda answer: is_part(answer, stat, start, stop, answer.get("etag")),
             views,
         )
@@ -236,10 +266,20 @@ class S3Origin:
             is_current = self._signed.get(stat.path, ("", 0.0))[0] == url  # else another read signed anew meanwhile
             if is_current and not is_fresh:
                 del self._signed[stat.path]
-            raise await self._refusal(answer, is_fresh=is_current and is_fresh)
+            raise await self._refusal(answer, stat.path, is_fresh=is_current and is_fresh)
+
+    async def get(self, name: str, limit_nbytes: int) -> Small:
+        answer = await self._ask("GET", "get_object", {"Key": self._key(name)}, limit_nbytes, name=name)
+        if len(answer.body) > limit_nbytes:
+            raise FormatError(f"{self._uri}/{name} has more than {limit_nbytes} bytes")
+        return Small(answer.body, answer.get("etag") or "")
 
     async def check_unchanged(self, stats: Sequence[Stat]) -> None:
         pass  # every read demands the state's ETag
+
+    def drop(self) -> None:
+        if self._plane is not None:
+            self._plane.drop()
 
     async def close(self) -> None:
         client, self._client = self._client, None
@@ -249,15 +289,17 @@ class S3Origin:
         if client is not None:
             await client.close()
 
+    def _key(self, name: str) -> str:
+        return f"{self._prefix}/{name}" if self._prefix else name
+
     async def _sign(self, client: Any, name: str) -> tuple[str, bool]:
         """Return a URL that gives an object for a while, and whether it was signed just now."""
         now = asyncio.get_running_loop().time()
         url, until = self._signed.get(name, ("", 0.0))
         if now < until:
             return url, False
-        key = f"{self._prefix}/{name}" if self._prefix else name
         url = await client.generate_presigned_url(
-            "get_object", Params={"Bucket": self._bucket, "Key": key, **self._payer}, ExpiresIn=SIGNED_FOR_S
+            "get_object", Params={"Bucket": self._bucket, "Key": self._key(name), **self._payer}, ExpiresIn=SIGNED_FOR_S
         )
         self._signed[name] = url, now + SIGNED_ANEW_S
         return url, True
@@ -318,7 +360,7 @@ class S3Origin:
                     sign_with_skew(self._client, self._skew_s)
             return self._client, self._plane
 
-    async def _refusal(self, answer: Answer, *, is_fresh: bool) -> Exception:
+    async def _refusal(self, answer: Answer, name: str = "", *, is_fresh: bool) -> Exception:
         """Return the error that an answer means; `is_fresh` says that its request was signed just before."""
         code, message = _words_of(answer)
         status, uri = answer.status, self._uri
@@ -331,7 +373,7 @@ class S3Origin:
                 status=status,
             )
         if status == 404:
-            uri = self._name
+            uri = f"{uri}/{name}" if name else self._name
         elif status in (401, 403) and (not code or code in _OUT_OF_TIME or _OUT_OF_TIME_WORDS.search(message)):
             # Without a code, as HEAD is answered, this may be it.
             if self._correct_skew(answer) or not is_fresh:
@@ -350,6 +392,7 @@ class S3Origin:
         region = answer.get("x-amz-bucket-region") or (named[1].decode("utf-8", "replace") if named else "")
         if not re.fullmatch(r"[a-z0-9-]{1,40}", region):
             return False
+        self._wiring.check_region(region)
         self._region = region
         self._signed.clear()
         client, self._client = self._client, None

@@ -17,6 +17,7 @@ from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 from weightcache.errors import (
     AccessDeniedError,
     ConfigError,
+    FormatError,
     ModelNotFoundError,
     OriginChangedError,
     OriginError,
@@ -26,7 +27,7 @@ from weightcache.errors import (
 from weightcache.ledger import Ledger
 from weightcache.manifest import check_paths
 from weightcache.origins.answers import Answer, is_part, refusal
-from weightcache.origins.base import Stat
+from weightcache.origins.base import Small, Stat
 from weightcache.origins.pace import Throttle
 from weightcache.origins.plane import Plane, Wiring
 from weightcache.runtime import all_of
@@ -113,6 +114,10 @@ class WebOrigin:
         self._asking = asyncio.Semaphore(N_ASKED)
 
     @property
+    def ledgers(self) -> Sequence[Ledger]:
+        return [self.ledger]
+
+    @property
     def uri(self) -> str:
         return self._uri
 
@@ -153,6 +158,15 @@ class WebOrigin:
         if answer.status >= 300:
             raise self._refusal(answer, stat.path)
 
+    async def get(self, name: str, limit_nbytes: int) -> Small:
+        url = self._url(name)
+        answer = await self._plane.request("GET", url, self._headers, _is_no_data, limit_nbytes=limit_nbytes)
+        if answer.status >= 300:
+            raise self._refusal(answer, name)
+        if len(answer.body) > limit_nbytes:
+            raise FormatError(f"{url} has more than {limit_nbytes} bytes")
+        return Small(answer.body, answer.get("etag") or "")
+
     async def check_unchanged(self, stats: Sequence[Stat]) -> None:
         """Look at those again whose state no request can name."""
         unnamed = [stat for stat in stats if not stat.etag]
@@ -162,6 +176,9 @@ class WebOrigin:
                 raise OriginChangedError(
                     f"{self._uri}/{stat.path} changed while it was read; load again when its writer is done"
                 )
+
+    def drop(self) -> None:
+        self._plane.drop()
 
     async def close(self) -> None:
         await self._plane.close()

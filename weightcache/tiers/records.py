@@ -4,6 +4,7 @@ Never holds weight bytes; every record is a JSON file that appears whole or not 
 
     shards/<aa>/<key>.json       one shard of one state, keyed by (URL, size, ETag): shared by all models that name it
     models/<key>/record.json     one model: its URI and shards; its modification time is the model's last use
+    models/<key>/manifest.json   of a published model, with its signatures
     models/<key>/files/…         its configuration and tokenizer as real files
     models/<key>/pinned          there while an operator pins the model
 """
@@ -14,7 +15,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from weightcache.files import publish_bytes
 from weightcache.manifest import FORMAT_VERSION, Shard, check_path, shard_from_json, shard_to_json
 
 log = logging.getLogger(__name__)
+
+PUBLISHED = "manifest.json"
 
 
 def model_key(uri: str, endpoint: str) -> str:
@@ -116,6 +119,29 @@ class Records:
         path = self._models / key / "record.json"
         if path.exists():
             os.utime(path, (now_s, now_s))
+
+    def remember_published(self, key: str, raw: bytes, signatures: Sequence[bytes]) -> None:
+        """Keep the manifest of a model that was published, and its signatures."""
+        form = {
+            "version": FORMAT_VERSION,
+            "manifest": raw.decode(),
+            "signatures": [each.decode() for each in signatures],
+        }
+        publish_bytes(_dump(form), self._models / key / PUBLISHED, self._staging)
+
+    def recall_published(self, key: str) -> tuple[bytes, list[bytes]] | None:
+        """Return the manifest of a model that was published as it was when it was last described, and its signatures."""
+        path = self._models / key / PUBLISHED
+        try:
+            form = json.loads(path.read_bytes())
+            if form["version"] != FORMAT_VERSION:
+                return None
+            return form["manifest"].encode(), [each.encode() for each in form["signatures"]]
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+            log.warning("the damaged record %s is ignored: %s", path, exc)
+            return None
 
     def pin(self, key: str, *, pinned: bool) -> None:
         marker = self._models / key / "pinned"
