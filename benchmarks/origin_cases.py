@@ -152,9 +152,9 @@ def open_obstore(job: Job) -> tuple[Any, str]:
     client = {"allow_http": True, "timeout": OBSTORE_TIMEOUT}
     if job["certificate"]:
         client["root_certificate"] = Path(job["certificate"]).read_text()
-    if not job["uri"].startswith("s3://"):
-        return HTTPStore.from_url(job["endpoint"], client_options=client), job["bucket"]
     options = job["storage_options"]
+    if "key" not in options:
+        return HTTPStore.from_url(job["endpoint"], client_options=client), job["bucket"]
     store = S3Store(
         job["bucket"],
         endpoint=options["endpoint_url"],

@@ -12,8 +12,7 @@ import http.client
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
-from queue import SimpleQueue
+from contextlib import AsyncExitStack, closing
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -95,21 +94,24 @@ def plain_puts(job: Job) -> Callable[[], Loaded]:
         for part in parts
     }
     server = urlsplit(job["storage_options"]["endpoint_url"]).netloc
-    connections: SimpleQueue[http.client.HTTPConnection] = SimpleQueue()
-    for _ in range(N_WRITES):
-        connections.put(http.client.HTTPConnection(server))
+    waiting = iter(parts)
 
-    def write(part: Part) -> None:
-        connection = connections.get()
-        address = urlsplit(urls[part.key])
-        connection.request("PUT", f"{address.path}?{address.query}", body=part.read())
-        answer = connection.getresponse()
-        answer.read()
-        if answer.status >= 300:
-            raise OSError(f"{part.key} was answered by {answer.status}")
-        connections.put(connection)
+    def serve(number: int) -> None:
+        with closing(http.client.HTTPConnection(server)) as connection:
+            for part in waiting:
+                address = urlsplit(urls[part.key])
+                connection.request("PUT", f"{address.path}?{address.query}", body=part.read())
+                answer = connection.getresponse()
+                answer.read()
+                if answer.status >= 300:
+                    raise OSError(f"{part.key} was answered by {answer.status}")
 
-    return _on_threads(job, write)
+    def run() -> Loaded:
+        with ThreadPoolExecutor(N_WRITES) as pool:
+            list(pool.map(serve, range(N_WRITES)))
+        return Loaded()
+
+    return run
 
 
 def aiobotocore_puts(job: Job) -> Callable[[], Loaded]:

@@ -42,6 +42,7 @@ RANGE_NBYTES = 16 << 20  # of weightcache's requests
 BACKED_SHARE = 1.25  # of a model's bytes: free memory made sure of before the clock, see measuring.back_memory,
 BACKED_NBYTES = 256 << 20  # and this beside
 GB = 10**9
+MEMORY = Path("/dev/shm")
 
 Result = dict[str, Any]
 
@@ -59,7 +60,8 @@ class Case:
             published behind three links; options `replicas`: which of them are known, and `event`: what befalls the
             nearest half way).
         to: Where it publishes to what it reads from `folder`: `bucket` (an empty one, of a server of its own, for a
-            server's heap and volumes grow with what it was sent before); empty where it loads.
+            server's heap and volumes grow with what it was sent before, and in memory, for a disk's moods would decide);
+            empty where it loads.
         page_cache: State of the files it reads from this disk: `cold`, `warm`, or empty where it reads none.
         needs: The module, or the `program` behind a colon, an optional peer needs.
         options: For the loader, as its part of the job. `is_published`: it loads from the registry in the bucket.
@@ -239,8 +241,14 @@ class Workshop:
 
     def _run_writing(self, case: Case, name: str) -> Result:
         """Run a case that publishes a model; what is in the bucket afterwards must be what the other cases put there."""
-        with self._scratch() as scratch, S3Server(scratch / "server") as server, self._child() as child:
+        with (
+            self._scratch() as scratch,
+            TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else scratch) as folder,
+            S3Server(Path(folder)) as server,
+            self._child() as child,
+        ):
             bucket = server.create_bucket()
+            bucket.put("first", b"1")  # makes the server's volumes, which takes a second or two
             job = self._job(case, name, scratch / "cache", scratch) | {
                 "destination": f"{bucket.url}/{name}@v1",
                 "bucket": bucket.name,

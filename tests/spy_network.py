@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -165,6 +165,8 @@ class SpyPlane(Plane):
         if not judge(answer):
             if fault == "breaks":
                 raise TransientOriginError("the answer broke off", received_bytes=0)
+            if fault == "rotten" and method == "GET" and "/revisions/" in urlsplit(url).path:
+                answer = replace(answer, body=answer.body[:-1])
             self._ledger.received_bytes += len(answer.body)
             return answer
         content = answer.body
@@ -219,7 +221,9 @@ class SpyOrigin(WebOrigin):
         answer = await self._plane.request("PUT", self._url(name), conditions, lambda answer: False, body=content)
         if answer.status >= 300:
             error = self._refusal(answer, name)
-            if isinstance(error, (OriginChangedError, ModelNotFoundError)) and only_if is not None:
+            if (isinstance(error, OriginChangedError) and only_if is not None) or (
+                isinstance(error, ModelNotFoundError) and only_if
+            ):
                 raise ConflictError(f"{name} was written by another") from error
             raise error
 

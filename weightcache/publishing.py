@@ -161,14 +161,17 @@ class Publisher:
                 with self._memory() as memory:
                     view = memory[: chunk.nbytes]
                     stat = Stat(source.names.get(shard.path, shard.path), shard.nbytes, shard.etag)
-                    await source.origin.read_into(stat, chunk.start, [view])
-                    found = await self._threads.on_worker(Digest.of, view)
-                    if digest not in (None, found):
-                        raise IntegrityError(
-                            f"bytes [{chunk.start}, {chunk.stop}) of {shard.path} have digest {found}, expected {digest}: they "
-                            "were damaged where they come from",
-                            path=shard.path,
-                        )
+                    while True:
+                        await source.origin.read_into(stat, chunk.start, [view])
+                        found = await self._threads.on_worker(Digest.of, view)
+                        if digest in (None, found):
+                            break
+                        if not source.origin.discard(stat, chunk.start, chunk.nbytes):
+                            raise IntegrityError(
+                                f"bytes [{chunk.start}, {chunk.stop}) of {shard.path} have digest {found}, expected {digest}: "
+                                "they were damaged where they come from",
+                                path=shard.path,
+                            )
                     digest = found
                     if not await self._has(digest):
                         await self._upload(digest, view)

@@ -13,6 +13,7 @@ Never decides what is published or removed. Everything but tags is immutable; a 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import secrets
 import time
@@ -26,6 +27,7 @@ from weightcache.errors import (
     AccessDeniedError,
     ConflictError,
     FormatError,
+    IntegrityError,
     ModelNotFoundError,
     RegistryFormatError,
     nearest,
@@ -38,6 +40,8 @@ from weightcache.origins.resilient import Resilient, ResilientWriter
 from weightcache.published import MAX_MANIFEST_NBYTES, Published, read_form
 from weightcache.residency import Policy
 from weightcache.runtime import all_of
+
+log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 ABOUT = "weightcache.json"
@@ -172,14 +176,20 @@ class Registry:
             IntegrityError, FormatError: What lies there is not it.
         """
         name = revision_name(model, revision)
-        try:
-            small = await self.origin.get(name, MAX_MANIFEST_NBYTES)
-        except ModelNotFoundError as exc:
-            raise ModelNotFoundError(
-                f"no revision {revision} of {model} in {self.uri}: weightcache revisions shows those there are",
-                uri=self.uri,
-            ) from exc
-        return read_form(small.content, revision)
+        while True:
+            try:
+                small = await self.origin.get(name, MAX_MANIFEST_NBYTES)
+            except ModelNotFoundError as exc:
+                raise ModelNotFoundError(
+                    f"no revision {revision} of {model} in {self.uri}: weightcache revisions shows those there are",
+                    uri=self.uri,
+                ) from exc
+            try:
+                return read_form(small.content, revision)
+            except IntegrityError as exc:
+                if not self.origin.discard_small(name, len(small.content)):
+                    raise
+                log.warning("%s; it is read from another replica", exc)
 
     async def signatures(self, model: str, revision: Digest, key_ids: Sequence[str]) -> list[bytes]:
         """Return the signatures of a revision by these keys, those there are."""

@@ -145,16 +145,17 @@ def stores(draw: st.DrawFn, name: str, least: int, most: int) -> StoreCase:
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     verb = draw(st.sampled_from(("load",) * 4 + ("prefetch", "plan") + ("publish", "replicate", "repair") * 2))
+    prod = draw(stores("prod", 2 if verb in ("replicate", "repair") else 1, 6))
     return Case(
         node=draw(sites),
         rules=draw(rules),
-        prod=draw(stores("prod", 2 if verb in ("replicate", "repair") else 1, 6)),
+        prod=prod,
         other=draw(stores("other", 1, 2 if verb == "publish" else 1)),
         models={model: draw(rules) for model in CONTENTS},
         verb=verb,
         model=draw(st.sampled_from((*CONTENTS, "") if verb == "replicate" else tuple(CONTENTS))),
         given_rules=draw(st.one_of(st.none(), rules)),
-        to=draw(st.integers(1, 6)),
+        to=draw(st.integers(1, len(prod.spots))),
     )
 
 
@@ -194,7 +195,9 @@ class World:
     def begin(self, case: Case) -> None:
         for store in (case.prod, case.other):
             for spot in store.spots:
-                files = registry_files(store.registry, case.models)
+                # Half of what is published is there already.
+                there = ["tuned"] if case.verb == "publish" and store is case.prod else list(case.models)
+                files = registry_files(store.registry, {model: case.models[model] for model in there})
                 lost = {"empty": set(files), "half": {name for name in files if name[-1] in "02468ace"}}
                 spot.files = {name: files[name] for name in files.keys() - lost.get(spot.fault, set())}
         self.settings = case.settings()
@@ -510,7 +513,7 @@ def hunt(world: World, n_cases: int, phases: Sequence[Phase] = tuple(Phase)) -> 
 
 
 def test_g26_no_dial_goes_where_a_policy_forbids_it_whatever_fails(world: World) -> None:
-    seen = hunt(world, N_CASES)
+    seen = hunt(world, N_CASES, [Phase.generate] if os.environ.get("NOSHRINK") else tuple(Phase))
     for verb in set(Verb) - {Verb.KEEP}:
         assert seen[f"{verb} allowed"], f"no case has a {verb}"
     for verb in REFUSED:

@@ -32,6 +32,8 @@ from weightcache.origins.replicas import (
 )
 from weightcache.origins.resilient import LEAST_JUDGED, Resilient
 from weightcache.policy import Verb
+from weightcache.published import publish_form
+from weightcache.registry import Registry
 
 CONTENT = random.Random(7).randbytes(4 * PIECE_NBYTES)
 CHUNK = Stat("chunks/aa/1", len(CONTENT), "")
@@ -583,6 +585,24 @@ def test_a_chunk_that_all_lack_is_an_error_at_once() -> None:
     assert isinstance(got, errors.OriginError)
     assert "is missing in the registry wc://prod" in str(got)
     assert took_s < 0.1
+
+
+def test_a_manifest_that_is_damaged_at_one_is_read_from_another() -> None:
+    raw = publish_form([]).raw
+    revision = Digest.of(raw)
+
+    class Manifests(Shelf):
+        async def get(self, name: str, limit_nbytes: int) -> Small:
+            await super().get(name, limit_nbytes)
+            return Small(raw if self.name == "b" else raw[:-1], "1")
+
+    async def work() -> object:
+        a, b, c = Manifests("a"), Manifests("b"), Manifests("c")
+        assert (await Registry(resilient_of(replicas_of(a, b))[0]).revision("llama", revision)).raw == raw
+        assert [len(shelf.asked) for shelf in (a, b)] == [2, 2]
+        return await Registry(resilient_of(replicas_of(a, c))[0]).revision("llama", revision)
+
+    assert isinstance(run(work())[0], errors.IntegrityError)
 
 
 def rotten(name: str, *script: Any) -> Shelf:

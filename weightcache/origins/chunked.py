@@ -68,7 +68,11 @@ class ChunkedOrigin:
     def reject(self, stat: Stat, start: int) -> bool:
         """Hear that what was read of a file from `start` on is not what was published; see Replicas.reject."""
         chunk, place = self._chunk_at(stat, start)
-        return isinstance(self.root, Replicas) and self.root.reject(place.path, chunk.nbytes)
+        return self.reject_file(place.path, chunk.nbytes)
+
+    def reject_file(self, name: str, nbytes: int) -> bool:
+        """Hear that a file of the registry is not what its name says; see Replicas.reject."""
+        return isinstance(self.root, Replicas) and self.root.reject(name, nbytes)
 
     def _chunk_at(self, stat: Stat, start: int) -> tuple[Chunk, Stat]:
         chunks = self._chunks[stat.path]

@@ -103,6 +103,12 @@ class Resilient:
         is_found_out = isinstance(self.inner, ChunkedOrigin) and self.inner.reject(stat, start)
         return is_first or is_found_out
 
+    def discard_small(self, name: str, nbytes: int) -> bool:
+        """Hear that a small file turned out wrong. Returns whether another may have it right."""
+        self.used_bytes -= nbytes
+        self._extra_bytes += nbytes
+        return isinstance(self.inner, ChunkedOrigin) and self.inner.reject_file(name, nbytes)
+
     async def list(self) -> Sequence[Stat]:
         before = self._received_bytes()
         listed = await self._insist(f"listing {self.uri}", self.inner.list)

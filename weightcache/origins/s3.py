@@ -63,6 +63,8 @@ _STATUS_OF = {
     "SlowDown": 503,
     "Throttling": 503,
     "RequestLimitExceeded": 503,
+    "ConditionalRequestConflict": 500,  # of two writes at the same moment: worth another try
+    "OperationAborted": 500,
 }
 _OUT_OF_TIME = {"ExpiredToken", "TokenRefreshRequired", "RequestExpired", "RequestTimeTooSkewed"}
 _OUT_OF_TIME_WORDS = re.compile("expired|not (yet )?valid yet|not ready|not yet valid", re.IGNORECASE)
