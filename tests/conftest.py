@@ -10,7 +10,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from servers import Bucket, HttpServer, Proxy, S3Server
+
+# Each run draws the same cases; `pytest --hypothesis-profile=default` draws new ones.
+settings.register_profile("same cases", derandomize=True)
+settings.load_profile("same cases")
 
 LEAK_TIMEOUT_S = 5.0
 PROCESS_WIDE_THREADS = ("weightcache-loop", "weightcache-worker", "weightcache-writer")

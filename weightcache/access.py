@@ -89,11 +89,15 @@ class Access:
     def site_of(self, name: Name, endpoint: str) -> Site:
         """Return where a place lies: as a replica of it is configured, else what its host says of its provider."""
         place = place_of(name.root, endpoint)
-        for store in self._settings.stores.values():
-            for replica in store.replicas:
-                is_there = name.scheme == "file" or place_of(replica.url, replica.endpoint) == place
-                if is_there and f"{name.root}/".startswith(f"{replica.url}/"):
-                    return replica.site
+        around = [
+            replica
+            for store in self._settings.stores.values()
+            for replica in store.replicas
+            if (name.scheme == "file" or place_of(replica.url, replica.endpoint) == place)
+            and f"{name.root}/".startswith(f"{replica.url}/")
+        ]
+        if around:
+            return max(around, key=lambda replica: len(replica.url)).site
         if name.scheme == "file":
             return self._settings.node
         parts = urlsplit(place)

@@ -342,29 +342,29 @@ def check(
 
     async def work(registry: WritableRegistry, access: Access, model: str) -> RegistryCheck:
         _check_is_whole(uri, model)
+        here = _at(name, options, access, replica)
+        sources: list[_At] = []
+        for each in repair_from:
+            # Of a store, another of its replicas; else another registry.
+            is_replica = bool(name.store) and "/" not in each
+            sources.append(_at(name if is_replica else _root_name(each), options, access, each if is_replica else ""))
+
+        def rule(owner: str, policy: Policy) -> None:
+            access.add(owner, policy)
+            if deep:
+                access.check_read(Verb.READ, here.site, here.label)
+            for at in sources:
+                access.check_read(Verb.REPLICATE, at.site, at.label)
+            if sources:
+                access.check_write(Verb.REPLICATE, here.site, here.label)
+
+        rule(f"registry {registry.uri}", (await registry.about()).policy)
         async with AsyncExitStack() as opened:
-            here = _at(name, options, access, replica)
-            sources: list[_At] = []
             others: list[Resilient] = []
-            for each in repair_from:
-                # Of a store, another of its replicas; else another registry.
-                is_replica = bool(name.store) and "/" not in each
-                at = _at(name if is_replica else _root_name(each), options, access, each if is_replica else "")
+            for at in sources:
                 other = await opened.enter_async_context(_opened(at, access, Verb.READ))
                 await other.about()
-                sources.append(at)
                 others.append(other.origin)
-
-            def rule(owner: str, policy: Policy) -> None:
-                access.add(owner, policy)
-                if deep or sources:
-                    access.check_read(Verb.READ, here.site, here.label)
-                for at in sources:
-                    access.check_read(Verb.REPLICATE, at.site, at.label)
-                if sources:
-                    access.check_write(Verb.REPLICATE, here.site, here.label)
-
-            rule(f"registry {registry.uri}", (await registry.about()).policy)
             return await Checker(registry, threads, others, progress, rule).run(deep=deep)
 
     return _run_found(uri, options, verb, work, replica)
@@ -584,6 +584,7 @@ async def _in(
     work: Callable[[WritableRegistry, Access], Awaitable[T]],
     replica: str = "",
 ) -> T:
+    """Do what `_run` does, on the loop thread."""
     access = Access(read_settings(), name)
     try:
         async with _opened(_at(name, options, access, replica), access, verb) as registry:

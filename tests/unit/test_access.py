@@ -24,6 +24,7 @@ REPLICAS = (
     Replica("somewhere", "s3://wide", "", Site("aws", "", "eu")),
     Replica("cellar", "s3://models/registry", "http://minio.example:9000", Site("", "cellar", "eu")),
     Replica("shelf", "/mnt/registry", "", Site("", "", "us")),
+    Replica("mounted", "/mnt/registry/far", "", Site("", "", "ch")),
 )
 
 
@@ -48,6 +49,7 @@ def access_to(uri: str, folder: Path = Path("/dev/null/none"), policy: Policy = 
         ("gs://models/registry", "", Site("gcs")),
         ("hf://org/name", "", Site()),
         ("/mnt/registry/llama", "", Site("", "", "us")),
+        ("/mnt/registry/far/llama", "", Site("", "", "ch")),
         ("/mnt/registry2/llama", "", NODE),
     ],
 )

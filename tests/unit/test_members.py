@@ -252,7 +252,7 @@ def test_one_that_rests_is_waited_for_where_the_others_refuse() -> None:
 
 def test_a_signature_that_one_lacks_may_be_lacking_though_another_does_not_answer() -> None:
     gone = errors.ModelNotFoundError("404")
-    a, b = Shelf("a", None, None, gone), Shelf("b", failure())
+    a, b = Shelf("a", None, gone), Shelf("b", failure())
 
     async def work() -> object:
         replicas = replicas_of(a, b)
@@ -367,6 +367,30 @@ def test_a_single_member_is_not_probed() -> None:
 
     assert str(run(work())[0]).startswith("a of 1 allowed")
     assert a.asked == [TAG]
+
+
+def test_what_was_probed_is_not_asked_for_again() -> None:
+    a, b = Shelf("a"), Shelf("b")
+
+    async def work() -> list[Small]:
+        replicas = replicas_of(a, b)
+        return [await replicas.get(PROBED, 9) for _ in range(2)]
+
+    assert run(work())[0] == [Small(b"{}", "1")] * 2
+    assert (a.asked, b.asked) == ([PROBED] * 2, [PROBED])
+
+
+def test_latency_is_that_of_a_small_file() -> None:
+    a = Shelf("a", latency_s=0.05)
+
+    async def work() -> list[float | None]:
+        replicas = replicas_of(a)
+        await replicas.get(PROBED, 9)
+        a.latency_s = 3.0  # for its manifest is large
+        await replicas.get("models/llama/revisions/1.json", 9)
+        return [member.measured.latency_s for member in replicas.members]
+
+    assert run(work())[0] == [pytest.approx(0.05)]
 
 
 def test_a_setting_that_cannot_be_honoured_is_not_taken_for_a_replica_that_is_down() -> None:
@@ -546,8 +570,9 @@ def test_what_a_load_gave_is_remembered_and_a_stall_is_no_rate() -> None:
 # -- whose bytes were wrong
 
 
-def test_a_chunk_that_one_lacks_is_read_from_another_and_told_for_repair() -> None:
-    a, b = Shelf("a", errors.ModelNotFoundError("404")), Shelf("b")
+@pytest.mark.parametrize("error", [errors.ModelNotFoundError("404"), errors.OriginChangedError("416")])
+def test_a_chunk_that_one_lacks_is_read_from_another_and_told_for_repair(error: errors.WeightcacheError) -> None:
+    a, b = Shelf("a", error), Shelf("b")
 
     async def work() -> Replicas:
         replicas = replicas_of(a, b)
@@ -560,6 +585,7 @@ def test_a_chunk_that_one_lacks_is_read_from_another_and_told_for_repair() -> No
     place = a.asked[0]
     assert replicas.damage == {"a": [place]}
     assert (len(a.asked), len(b.asked)) == (1, 2)
+    assert replicas.members[0].may_have("chunks/another")
 
 
 def test_a_tag_that_one_lacks_is_read_from_another_and_no_damage() -> None:
@@ -574,8 +600,9 @@ def test_a_tag_that_one_lacks_is_read_from_another_and_no_damage() -> None:
     assert (replicas.damage, b.asked[-1]) == ({}, TAG)
 
 
-def test_a_chunk_that_all_lack_is_an_error_at_once() -> None:
-    shelves = [Shelf(name, errors.ModelNotFoundError("404")) for name in "abc"]
+@pytest.mark.parametrize("error", [errors.ModelNotFoundError("404"), errors.OriginChangedError("416")])
+def test_a_chunk_that_all_lack_is_an_error_at_once(error: errors.WeightcacheError) -> None:
+    shelves = [Shelf(name, error) for name in "abc"]
 
     async def work() -> None:
         origin, stat = resilient_of(replicas_of(*shelves))
@@ -583,7 +610,7 @@ def test_a_chunk_that_all_lack_is_an_error_at_once() -> None:
 
     got, took_s = run(work())
     assert isinstance(got, errors.OriginError)
-    assert "is missing in the registry wc://prod" in str(got)
+    assert "is missing or cut short in wc://prod" in str(got)
     assert took_s < 0.1
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 
-from weightcache.errors import ModelNotFoundError, OriginError
+from weightcache.errors import ModelNotFoundError, OriginChangedError, OriginError
 from weightcache.ledger import Ledger
 from weightcache.manifest import Chunk, Manifest
 from weightcache.origins.base import Origin, Small, Stat
@@ -58,9 +58,9 @@ class ChunkedOrigin:
         assert start + sum(map(len, views)) <= chunk.stop
         try:
             await self.root.read_into(place, start - chunk.start, views)
-        except ModelNotFoundError as exc:
+        except (ModelNotFoundError, OriginChangedError) as exc:
             raise OriginError(
-                f"chunk {chunk.digest} of {stat.path} is missing in the registry {self.uri}: run weightcache check on it",
+                f"chunk {chunk.digest} of {stat.path} is missing or cut short in {self.uri}: run weightcache check on it",
                 digest=str(chunk.digest),
                 uri=self.uri,
             ) from exc

@@ -198,6 +198,8 @@ class LocalOrigin:
         except PermissionError as exc:
             raise AccessDeniedError(f"no permission to read {path}", uri=str(path)) from exc
         except OSError as exc:
+            if not stat.etag:  # nobody has looked at it before
+                raise ModelNotFoundError(f"no file {path} ({exc.strerror})", uri=str(path)) from exc
             raise OriginChangedError(f"{path} is gone ({exc.strerror}): it was there when the load began") from exc
         try:
             self._check_unchanged(fd, path, stat)
