@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -278,7 +278,8 @@ class Workshop:
             if n == 1:
                 job["back_nbytes"] = int(BACKED_SHARE * self.nbytes(name)) + BACKED_NBYTES
             is_proxied = case.source in ("proxy", "faults")
-            busy_s, told, watching = None, {}, nullcontext({})
+            busy_s, told = None, {}
+            watching: AbstractContextManager[dict[str, Any]] = nullcontext({})
             if case.source == "regions":
                 served = measuring.make_warm(measuring.files_below(self._registry))
                 busy_s, told = self._regions.cpu_s, self._regions.describe()

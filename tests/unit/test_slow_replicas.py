@@ -28,12 +28,16 @@ LEFT_WITHIN_S = 3.0
 
 @dataclass
 class Region:
-    """An origin in memory whose reads share a rate, another one from a moment on; `gave` says what it gave when."""
+    """An origin in memory whose reads share a rate, which is reached bit by bit; `gave` says what it gave when.
+
+    It has another rate from `changes_at` on.
+    """
 
     latency_s: float
     bytes_per_s: float
     changes_at: float = 1e9
     then_bytes_per_s: float = 0.0
+    reached_in_s: float = 0.1
     uri: str = "memory://registry"
     ledger: Ledger = field(default_factory=Ledger)
     gave: list[tuple[float, int]] = field(default_factory=list)
@@ -63,6 +67,7 @@ class Region:
                 if read not in self._reads:
                     raise errors.TransientOriginError("left", is_left=True, received_bytes=done)
                 rate = self.then_bytes_per_s if loop_time() >= self.changes_at else self.bytes_per_s
+                rate *= min(1.0, loop_time() / self.reached_in_s)
                 came = min(nbytes - done, int(rate * TICK_S / len(self._reads)))
                 done += came
                 self.ledger.received_bytes += came
@@ -125,5 +130,11 @@ def test_a_replica_that_gives_a_tenth_or_nothing_is_left_within_3_s(
 ) -> None:
     near = Region(0.02, NEAR_BYTES_PER_S, changes_at, share * NEAR_BYTES_PER_S)
     took_s = load(near, *others(), known=known)
-    assert near.bytes_after(max(changes_at, 0.1) + LEFT_WITHIN_S) == 0  # before 0.1 s nothing is read
+    assert near.bytes_after(max(changes_at, 0.2) + LEFT_WITHIN_S) == 0  # before 0.2 s nothing comes
     assert took_s <= 1.5 * SECOND_ALONE_S
+
+
+def test_a_replica_that_becomes_faster_is_not_left_for_one_that_nothing_is_known_of() -> None:
+    third = Region(0.08, FAR_BYTES_PER_S)
+    assert load(Region(0.02, MIDDLE_BYTES_PER_S, reached_in_s=2.0), third) <= SECOND_ALONE_S
+    assert third.bytes_after(0.0) < N_RANGES / 4 * len(RANGE)

@@ -12,7 +12,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from weightcache.choosing import ASSUMED_BYTES_PER_S, Candidate, explain, rank
 from weightcache.errors import (
@@ -48,8 +48,8 @@ WINDOW_S = 1.0  # over which a rate is measured
 SLOW_SHARE = 0.3  # of what a replica gave, or another is known to give: slower, and it is left
 LEAST_UNDER_WAY = 4  # ranges; the last few of a load say nothing of a rate
 SLOW_FOR_S = 30.0
-WORTH_TRYING_S = 10.0  # so long a rest, and a replica that was never measured is tried for TRIAL_S
-TRIAL_S = 2.0
+WORTH_TRYING_S = 10.0  # so long a rest, and a replica that was never measured is tried, with LEAST_UNDER_WAY ranges
+TRIED_WITHIN_S = 2.0  # if no range would end so soon, those under way are broken off for that
 
 
 @dataclass(slots=True, eq=False)
@@ -78,15 +78,14 @@ class Member:
     _rest_s: float = FIRST_REST_S
     _rests_until: float = 0.0
     _slow_until: float = 0.0
-    _n_under_way: int = 0
-    _asked_bytes: int = 0  # of what is under way
+    _under_way: list[int] = field(default_factory=list)  # bytes of each request
     _history: deque[tuple[float, int]] = field(default_factory=deque)
     _best: float = 0.0
     _active_s: float = 0.0
 
     def is_healthy(self, now: float) -> bool:
         """Tell whether it is worth asking; after a rest one request at a time is, until one succeeds."""
-        is_tried = self._n_failures >= N_FAILURES and self._n_under_way > 0
+        is_tried = self._n_failures >= N_FAILURES and bool(self._under_way)
         return not self._is_out and now >= self._rests_until and not is_tried
 
     def is_slow(self, now: float) -> bool:
@@ -173,6 +172,7 @@ class Replicas:
         self._probing = asyncio.Lock()
         self._answers: dict[Member | None, Small] = {}  # to the probe
         self._first: Member | None = None
+        self._on_trial: Member | None = None
         self._watching: asyncio.Task[None] | None = None
         self.nbytes = 1 << 30
         self.reason = ""
@@ -332,7 +332,11 @@ class Replicas:
             return self.members
         now = self._clock()
         by_name = {member.name: member for member in self.members}
-        return [by_name[each.name] for each in rank([member.candidate(now) for member in self.members], self.nbytes)]
+        candidates = [member.candidate(now) for member in self.members]
+        best = max(member._best for member in self.members)
+        if best:  # whether one that nothing is known of is any better, a trial shows
+            candidates = [each if each.bytes_per_s else replace(each, bytes_per_s=best) for each in candidates]
+        return [by_name[each.name] for each in rank(candidates, self.nbytes)]
 
     @contextlib.contextmanager
     def _asking(self, path: str, views: Sequence[memoryview] | None = None) -> Iterator[Member]:
@@ -343,8 +347,7 @@ class Replicas:
             self._authorize(verb, member)
             asked.append(member)
             nbytes = sum(map(len, views or ()))
-            member._n_under_way += 1
-            member._asked_bytes += nbytes
+            member._under_way.append(nbytes)
             try:
                 yield member
             except WeightcacheError as exc:
@@ -353,8 +356,7 @@ class Replicas:
                     raise
                 raise told from exc
             finally:
-                member._n_under_way -= 1
-                member._asked_bytes -= nbytes
+                member._under_way.remove(nbytes)
                 asked.remove(member)
             member.succeeded()
         finally:
@@ -364,6 +366,8 @@ class Replicas:
     def _pick(self, path: str, asked: Sequence[Member]) -> tuple[Member, Verb]:
         """Return who is asked for a file, and why: beside those who are asked for it already, another, where one answers."""
         order, now = self._order(), self._clock()
+        if self._on_trial is not None and len(self._on_trial._under_way) < LEAST_UNDER_WAY:
+            order = [self._on_trial, *order]
         fit = [member for member in order if member.may_have(path)] or order
         if asked:
             free = (each for each in fit if each not in asked and each.is_healthy(now) and not each.is_slow(now))
@@ -376,6 +380,8 @@ class Replicas:
         now = self._clock()
         if isinstance(exc, ClosedIdleError):
             return exc  # nobody's failure
+        if member is self._on_trial:
+            self._on_trial = None
         if isinstance(exc, TransientOriginError):
             if not exc.facts.get("is_left"):
                 member.failed(now)
@@ -411,8 +417,9 @@ class Replicas:
             began = self._clock()
             await asyncio.sleep(LOOK_S)
             now = self._clock()
-            for member in self.members:
-                if member._n_under_way:
+            # Who is on trial comes first: the others are held against it.
+            for member in sorted(self.members, key=lambda each: each is not self._on_trial):
+                if member._under_way:
                     member._active_s += now - began
                     if member.is_watched:
                         self._look_at(member, now)
@@ -420,7 +427,7 @@ class Replicas:
                     member._history.clear()
 
     def _look_at(self, member: Member, now: float) -> None:
-        """Leave a member that gives much less than it did, or than another is known to give."""
+        """Leave a member that gives much less than it did, or than another is known to give; or try an unknown one."""
         history = member._history
         history.append((now, member.origin.ledger.received_bytes))
         while len(history) > 2 and history[1][0] <= now - WINDOW_S:
@@ -431,7 +438,9 @@ class Replicas:
         rate = (received - before) / (now - since)
         known = member.bytes_per_s or 0.0
         member._best = max(member._best, rate)
-        if rate and member._n_under_way < LEAST_UNDER_WAY:
+        if member is self._on_trial:
+            self._on_trial = None
+        if rate and len(member._under_way) < LEAST_UNDER_WAY:
             return
         others = [
             each for each in self.members if each is not member and each.is_healthy(now) and not each.is_slow(now)
@@ -450,14 +459,14 @@ class Replicas:
             member.left(now, SLOW_FOR_S)
             member._history.clear()
             member.origin.drop()
-        elif (
-            any(each.is_watched and each.bytes_per_s is None for each in others)
-            and rate < ASSUMED_BYTES_PER_S
-            and self._left_s(rate) > WORTH_TRYING_S
-        ):
-            member.left(now, TRIAL_S)  # one that was never measured may be faster
-            if member._asked_bytes > rate * WORTH_TRYING_S:  # nothing under way would end in time for that
-                member.origin.drop()
+        elif self._on_trial is None:
+            unknown = [each for each in others if each.is_watched and each.bytes_per_s is None]
+            half_since, half_before = history[len(history) // 2]
+            lately = max(rate, (received - half_before) / (now - half_since))  # it may have begun just now
+            if unknown and lately < ASSUMED_BYTES_PER_S and self._left_s(lately) > WORTH_TRYING_S:
+                self._on_trial = unknown[0]
+                if min(member._under_way) * len(member._under_way) > lately * TRIED_WITHIN_S:
+                    member.origin.drop()
 
     def _left_s(self, rate: float) -> float:
         """Return how long the rest takes at a rate."""
