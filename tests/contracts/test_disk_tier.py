@@ -8,6 +8,7 @@ import gc
 import os
 import shutil
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,10 +23,13 @@ from weightcache.digest import Digest, checksum
 from weightcache.layout import pages
 from weightcache.locks import Lease, exclusive
 from weightcache.manifest import Chunk, Role, Shard
+from weightcache.measurements import Measurements
+from weightcache.tiers.catalogue import CatalogueDamagedError
 from weightcache.tiers.disk import N_QUARANTINED, DiskTier
 from weightcache.tiers.records import ModelRecord
 
 ROOM_NBYTES = 64 << 20
+DAY_S = 86400.0
 WRITERS = Path(__file__).with_name("writers.py")
 
 
@@ -457,6 +461,132 @@ def test_g13_a_write_past_the_budget_evicts_the_least_recently_used(open_tier: C
     assert [record.key for record in tier.records.models()] == ["new", "newer"]
     assert set(chunk_files(tier.root)) == {Digest.of(content).hex for content in (contents["newer"], *new)}
     assert tier.used_bytes() == occupied_bytes(tier.root)
+
+
+def fill(tier: DiskTier, key: str, seed: int, *used_s: float) -> None:
+    """Bring a model of one chunk of its own, and note uses of it."""
+    content = content_of(40960, seed)
+    put(tier, content)
+    remember(tier, key, [content])
+    tier.records.touch(key, used_s[0] if used_s else time.time())
+    for at_s in used_s:
+        tier.note_use(key, at_s)
+
+
+def keys(tier: DiskTier) -> set[str]:
+    return {record.key for record in tier.records.models()}
+
+
+def test_models_used_once_do_not_displace_one_that_is_used_again(open_tier: Callable[..., DiskTier]) -> None:
+    tier = open_tier(4 * 40960)
+    now_s = time.time()
+    fill(tier, "daily", 0, now_s - 2 * DAY_S, now_s - DAY_S)
+    for number in range(1, 8):
+        fill(tier, f"scan{number}", number, now_s - 600 + number)
+    assert "daily" in keys(tier)
+    assert "scan1" not in keys(tier)
+
+
+def test_uses_are_remembered_of_a_model_that_was_evicted(open_tier: Callable[..., DiskTier]) -> None:
+    tier, other = open_tier(4 * 40960), open_tier(4 * 40960)
+    now_s = time.time()
+    fill(tier, "again", 0, now_s - 2 * DAY_S)
+    for number in range(1, 5):
+        fill(tier, f"scan{number}", number, now_s - DAY_S + number)
+    assert "again" not in keys(tier)
+    fill(other, "again", 0, now_s - 3600)
+    for number in range(5, 12):
+        fill(tier, f"scan{number}", number, now_s - 600 + number)
+    assert "again" in keys(tier)
+
+
+def test_the_last_use_counts_in_a_cache_that_knows_no_others(open_tier: Callable[..., DiskTier]) -> None:
+    tier = open_tier(4 * 40960)
+    now_s = time.time()
+    for number, key in enumerate(("old", "oldest", "daily")):
+        fill(tier, key, number)
+    for key, age_s in (("old", 2 * DAY_S), ("oldest", 3 * DAY_S), ("daily", DAY_S)):
+        tier.records.touch(key, now_s - age_s)
+    tier.note_use("old", now_s)  # twice used from now on
+    fill(tier, "new", 3, now_s)
+    fill(tier, "newer", 4, now_s)
+    assert {"oldest", "daily"}.isdisjoint(keys(tier))
+    assert "old" in keys(tier)
+
+
+def test_the_model_from_the_slower_place_stays(open_tier: Callable[..., DiskTier]) -> None:
+    tier = open_tier(4 * 40960)
+    measurements = Measurements(tier.root)
+    measurements.of("s3://slow").add_rate(1e6)
+    measurements.of("s3://fast").add_rate(1e9)
+    measurements.save()
+    now_s = time.time()
+    for number, bucket in enumerate(("slow", "fast", "middle")):
+        fill(tier, bucket, number)
+        shards = tier.records.recall_model(bucket).shards
+        tier.records.forget_model(bucket)
+        tier.records.remember_model(ModelRecord(bucket, f"s3://{bucket}/model", "", shards))
+        tier.note_use(bucket, now_s - 3600 + number)
+    fill(tier, "new", 3, now_s)
+    fill(tier, "newer", 4, now_s)
+    assert keys(tier) & {"slow", "fast"} == {"slow"}
+
+
+def test_a_base_inherits_the_uses_of_an_evicted_fine_tune(
+    open_tier: Callable[..., DiskTier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Models are so small here that the latency would count for more than their bytes.
+    monkeypatch.setattr("weightcache.tiers.eviction.ASSUMED_LATENCY_S", 0.0)
+    tier = open_tier(7 * 40960)
+    now_s = time.time()
+    shared = [content_of(40960, 100 + number) for number in range(4)]
+    for key, age_s in (("tune", 2 * DAY_S), ("other tune", DAY_S)):
+        own = content_of(40960, len(key))
+        for content in (*shared, own):
+            put(tier, content)
+        tier.records.touch(remember(tier, key, [*shared, own]), now_s - age_s)
+        tier.note_use(key, now_s - age_s)
+    fill(tier, "new", 1, now_s - 600)
+    fill(tier, "newer", 2, now_s - 300)
+    assert keys(tier) == {"other tune", "newer"}  # not "new", which was used later than each of the two
+    assert tier._uses("other tune") == (now_s - DAY_S, now_s - 2 * DAY_S)
+
+
+def test_a_use_is_its_models_last(tier: DiskTier) -> None:
+    tier.note_use(remember(tier, "model", []), 2000.0)
+    [record] = tier.records.models()
+    assert record.last_use_s == 2000.0
+
+
+def test_uses_noted_at_once_are_all_kept(tier: DiskTier) -> None:
+    remember(tier, "model", [])
+    now_s = time.time()
+    uses = [now_s + 1000 * number for number in range(8)]
+    run_at_once(threading.Thread(target=tier.note_use, args=("model", at_s)) for at_s in uses)
+    assert set(tier._uses("model")) >= set(uses[1:])
+
+
+def test_of_models_that_left_few_are_remembered(
+    open_tier: Callable[..., DiskTier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weightcache.tiers.disk.N_GONE", 2)
+    tier = open_tier(2 * 40960)
+    for number in range(6):
+        fill(tier, f"m{number}", number, 1000.0 * (number + 1))
+    known = {f"m{number}" for number in range(6) if tier._uses(f"m{number}")}
+    assert known == {"m2", "m3", "m4", "m5"}
+
+
+@pytest.mark.parametrize("row", [7, ["text"], [None], [float("nan")], {"a": 1.0}], ids=str)
+def test_g07_uses_that_are_none_have_the_catalogue_rebuilt(open_tier: Callable[..., DiskTier], row: object) -> None:
+    tier = open_tier()
+    fill(tier, "model", 0, 1000.0)
+    tier._catalogue.set("uses:model", row)
+    with pytest.raises(CatalogueDamagedError):
+        tier.note_use("model", 2000.0)
+    again = open_tier()
+    again.note_use("model", 2000.0)
+    assert again._uses("model") == (2000.0, 1000.0)
 
 
 def test_g12_a_write_that_held_models_leave_no_room_for_is_refused(open_tier: Callable[..., DiskTier]) -> None:

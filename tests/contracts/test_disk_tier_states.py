@@ -120,7 +120,7 @@ class DiskTierBesideADict(RuleBasedStateMachine):
     @rule(key=models)
     def use(self, key: str) -> None:
         self.clock_s += 1
-        self.tier.records.touch(key, self.clock_s)
+        self.tier.note_use(key, self.clock_s)
 
     @precondition(lambda self: self.remembered)
     @rule(data=st.data(), pinned=st.booleans())

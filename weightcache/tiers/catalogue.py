@@ -6,6 +6,7 @@ refuses rows that claim to be pickled.
 Rows:
     chunk:<digest>             [nbytes, checksum]; checksum is null when not known yet
     learned:<shard>:<index>    digest of a chunk of a shard that came without one
+    uses:<model>               moments of a model's last uses, newest first; kept when the model has left
     used_bytes                 what chunks, models' files and chunks being written occupy; never less
     reserved_bytes             what was ever reserved for chunks to be written; only grows
 """

@@ -17,15 +17,18 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from weightcache import _engine
+from weightcache.choosing import ASSUMED_BYTES_PER_S
 from weightcache.digest import Digest, checksum
 from weightcache.errors import CacheFormatError, CapacityError
 from weightcache.files import (
@@ -40,17 +43,20 @@ from weightcache.files import (
     write_past_page_cache,
 )
 from weightcache.layout import PAGE_NBYTES, pages
+from weightcache.ledger import place_of
 from weightcache.locks import Flight, Lease, Precedence, exclusive, leased_models
 from weightcache.manifest import CHUNK_LIMIT_NBYTES, FORMAT_VERSION, Manifest, Shard
+from weightcache.measurements import Measurements
 from weightcache.operations import Crew, Failure, HostPlace, Operations, Place, address_of
 from weightcache.tiers.catalogue import Catalogue, CatalogueDamagedError, discard
-from weightcache.tiers.eviction import HIGH_WATERMARK, LOW_WATERMARK, Resident, choose_victims
+from weightcache.tiers.eviction import HIGH_WATERMARK, LOW_WATERMARK, Resident, Uses, choose_victims, used_again
 from weightcache.tiers.records import ModelRecord, Records
 
 log = logging.getLogger(__name__)
 
 AUTO_BUDGET_SHARE = 0.8
 N_QUARANTINED = 4
+N_GONE = 1000  # models that are not here any more, of which uses are remembered
 # Errors of reading that are the file's own: wrong bytes, too few of them, no regular file, a disk that cannot read it.
 ROT = frozenset({errno.EBADMSG, errno.ENODATA, errno.EINVAL, errno.ELOOP, errno.EIO, errno.EUCLEAN})
 
@@ -397,6 +403,35 @@ class DiskTier:
                 for index in range(len(shard.chunks)):
                     self._catalogue.delete(f"learned:{key}:{index}")
 
+    # -- uses
+
+    def note_use(self, key: str, now_s: float) -> None:
+        """Note a use of a model: beside its record, and among its last ones in the catalogue."""
+        with self._catalogue.transaction():
+            known = self._uses(key)
+            record = None if known else self.records.recall_model(key)
+            uses = used_again(known or ((record.last_use_s,) if record else ()), now_s)
+            if uses != known:
+                self._catalogue.set(f"uses:{key}", uses)
+        self.records.touch(key, now_s)
+
+    def _uses(self, key: str) -> Uses:
+        """Return what the catalogue knows of a model's uses; it outlasts the model's stay."""
+        row = self._catalogue.get(f"uses:{key}")
+        if row is not None and not (
+            isinstance(row, list) and all(isinstance(each, float) and math.isfinite(each) for each in row)
+        ):
+            raise self._catalogue.damage(f"uses:{key} are no moments")
+        return tuple(row or ())
+
+    def _forget_uses(self, here: Container[str]) -> None:
+        """Forget the uses of models that left long ago."""
+        gone = [key for key in (row.partition(":")[2] for row in self._catalogue.keys("uses:")) if key not in here]
+        if len(gone) > N_GONE:
+            with self._catalogue.transaction():
+                for key in sorted(gone, key=self._uses)[:-N_GONE]:
+                    self._catalogue.delete(f"uses:{key}")
+
     # -- holds
 
     def lease(self, model: str) -> Lease:
@@ -445,21 +480,38 @@ class DiskTier:
             sizes = {digest: _size_of(path) for digest, path in self._chunk_files()}
             used += sum(sizes.values()) + self._file_bytes()
             if used > HIGH_WATERMARK * self.budget_bytes:
-                residents = {record.key: self._resident(record) for record in self.records.models()}
-                owned = frozenset[Digest]().union(*(resident.chunks for resident in residents.values()))
+                residents = self._residents()
+                owned = frozenset[Digest]().union(*(resident.chunks for resident in residents))
                 for digest in sizes.keys() - owned:
                     self.drop(digest)
                     used -= sizes.pop(digest)
                 to_free = used - int(LOW_WATERMARK * self.budget_bytes)
-                used -= self.evict(victim.key for victim in choose_victims(residents.values(), sizes, to_free))
+                choice = choose_victims(residents, sizes, to_free, time.time())
+                used -= self.evict(victim.key for victim in choice.victims)
+                with self._catalogue.transaction():
+                    for key, uses in choice.bequests.items():
+                        self._catalogue.set(f"uses:{key}", uses)
+                self._forget_uses({resident.key for resident in residents} - {victim.key for victim in choice.victims})
             with self._catalogue.transaction():
                 used += self._catalogue.count("reserved_bytes") - before
                 self._catalogue.set("used_bytes", used)
             return used <= HIGH_WATERMARK * self.budget_bytes
 
-    def _resident(self, record: ModelRecord) -> Resident:
-        held = record.pinned or record.key in self.leased()
-        return Resident(record.key, frozenset(self.chunks_of(record)), record.last_use_s, held=held)
+    def _residents(self) -> list[Resident]:
+        """Return what there is to choose from. A model's bytes come back as fast as its place has shown."""
+        leased, measured = self.leased(), Measurements(self.root)
+        return [
+            Resident(
+                key=record.key,
+                chunks=frozenset(self.chunks_of(record)),
+                last_use_s=record.last_use_s,
+                uses=self._uses(record.key),
+                held=record.pinned or record.key in leased,
+                own_bytes=_tree_bytes(self.records.files_folder(record.key)),
+                bytes_per_s=measured.of(place_of(record.uri, record.endpoint)).bytes_per_s or ASSUMED_BYTES_PER_S,
+            )
+            for record in self.records.models()
+        ]
 
     def chunks_of(self, record: ModelRecord) -> Mapping[Digest, int]:
         """Return the known digests of a model's chunks, with their sizes."""
