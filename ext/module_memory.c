@@ -160,7 +160,6 @@ PyType_Spec memory_spec = {
 typedef struct {
     PyObject_HEAD
     struct wc_shared shared;
-    Py_ssize_t n_users; /* buffers that are out and calls under way; -1 while nobody may begin */
 } Shared;
 
 static PyObject *shared_made(PyTypeObject *type, struct wc_shared *shared)
@@ -168,7 +167,6 @@ static PyObject *shared_made(PyTypeObject *type, struct wc_shared *shared)
     Shared *self = PyObject_New(Shared, type);
     if (self) {
         self->shared = *shared;
-        self->n_users = 0;
     } else {
         wc_shared_close(shared);
     }
@@ -197,17 +195,17 @@ static PyObject *shared_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
 
 static PyObject *sealed_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"fd", "nbytes", "own", NULL};
+    static char *names[] = {"fd", "nbytes", "partial", NULL};
     Py_ssize_t nbytes = -1;
-    int fd, own = 0, rc;
+    int fd, partial = 0, rc;
     struct wc_shared shared;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "i|n$p:SealedMemory", names, &fd, &nbytes, &own))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "i|n$p:SealedMemory", names, &fd, &nbytes, &partial))
         return NULL;
     if (nbytes < -1)
         return PyErr_Format(PyExc_ValueError, "nbytes must not be less than -1, got %zd", nbytes);
     Py_BEGIN_ALLOW_THREADS
-    rc = wc_shared_attach(&shared, fd, nbytes < 0 ? SIZE_MAX : (size_t)nbytes, own);
+    rc = wc_shared_attach(&shared, fd, nbytes < 0 ? SIZE_MAX : (size_t)nbytes, partial);
     Py_END_ALLOW_THREADS
     switch (rc) {
     case 0:
@@ -234,35 +232,12 @@ static void shared_dealloc(Shared *self)
     Py_DECREF(type);
 }
 
-/* Count one more user of the mapping, unless it cannot be used. */
-static bool shared_begin(Shared *self)
-{
-    if (self->n_users < 0)
-        PyErr_SetString(PyExc_BufferError, "the memory is being sealed");
-    else if (self->shared.lost)
-        PyErr_SetString(PyExc_BufferError, "the memory could not be mapped again");
-    else
-        self->n_users++;
-    return !PyErr_Occurred();
-}
-
 static int shared_getbuffer(Shared *self, Py_buffer *view, int flags)
 {
     const struct wc_shared *shared = &self->shared;
 
-    view->obj = NULL;
-    if (!shared_begin(self))
-        return -1;
-    int rc = PyBuffer_FillInfo(view, (PyObject *)self, shared->memory.start, (Py_ssize_t)shared->memory.nbytes,
-                               !shared->writable, flags);
-    if (rc)
-        self->n_users--;
-    return rc;
-}
-
-static void shared_releasebuffer(Shared *self, Py_buffer *Py_UNUSED(view))
-{
-    self->n_users--;
+    return PyBuffer_FillInfo(view, (PyObject *)self, shared->memory.start, (Py_ssize_t)shared->memory.nbytes,
+                             !shared->writable, flags);
 }
 
 static int back_shared(const void *shared, size_t start, size_t stop)
@@ -272,44 +247,16 @@ static int back_shared(const void *shared, size_t start, size_t stop)
 
 static PyObject *shared_populate(Shared *self, PyObject *args)
 {
-    if (!shared_begin(self))
-        return NULL;
-    PyObject *done = populate(args, back_shared, &self->shared, self->shared.memory.nbytes);
-    self->n_users--;
-    return done;
-}
-
-static PyObject *shared_seal(Shared *self, PyObject *Py_UNUSED(ignored))
-{
-    int rc;
-
-    if (!shared_begin(self))
-        return NULL;
-    self->n_users--;
-    if (self->shared.sealed)
-        Py_RETURN_NONE;
-    if (self->n_users)
-        return PyErr_Format(PyExc_BufferError, "%zd views or calls still use the memory", self->n_users);
-    self->n_users = -1;
-    Py_BEGIN_ALLOW_THREADS
-    rc = wc_shared_seal(&self->shared);
-    Py_END_ALLOW_THREADS
-    self->n_users = 0;
-    if (rc)
-        return os_error(rc);
-    Py_RETURN_NONE;
+    return populate(args, back_shared, &self->shared, self->shared.memory.nbytes);
 }
 
 static PyObject *shared_freeze(Shared *self, PyObject *Py_UNUSED(ignored))
 {
     int rc;
 
-    if (!shared_begin(self))
-        return NULL;
     Py_BEGIN_ALLOW_THREADS
     rc = wc_shared_freeze(&self->shared);
     Py_END_ALLOW_THREADS
-    self->n_users--;
     if (rc)
         return os_error(rc);
     Py_RETURN_NONE;
@@ -336,9 +283,7 @@ static PyMethodDef shared_methods[] = {
     {"populate", (PyCFunction)shared_populate, METH_VARARGS,
      "populate(start, stop, /)\n--\n\nBack each page of [start, stop) with real memory; content stays."},
     {"freeze", (PyCFunction)shared_freeze, METH_NOARGS,
-     "freeze()\n--\n\nLet nobody write by mistake; as long as the descriptor is this process's alone, as good as seal."},
-    {"seal", (PyCFunction)shared_seal, METH_NOARGS,
-     "seal()\n--\n\nMake the memory read-only for ever, for this process and all others."},
+     "freeze()\n--\n\nBack all of it, and let this process read it only. Nobody else could ever write."},
     HUGE_NBYTES,
     {0},
 };
@@ -362,7 +307,6 @@ static PyMemberDef shared_members[] = {
      "Why MADV_HUGEPAGE was refused, 0 where it was granted or not asked for."},
     {"numa_refused_errno", T_INT, offsetof(Shared, shared.memory.numa_refused_errno), READONLY,
      "Why the node was refused, 0 where it was granted or none was asked for."},
-    {"is_sealed", T_BOOL, offsetof(Shared, shared.sealed), READONLY, "Whether nobody can write any more."},
     {0},
 };
 
@@ -375,22 +319,20 @@ static PyMemberDef sealed_members[] = {
 
 static PyType_Slot shared_slots[] = {
     {Py_tp_doc, "SharedMemory(nbytes, name='weightcache', numa_node=-1)\n--\n\n"
-                "Zeroed memory that other processes can map once it is sealed."},
+                "Zeroed memory that other processes can map to be read."},
     {Py_tp_new, shared_new},
     {Py_tp_dealloc, shared_dealloc},
     {Py_bf_getbuffer, shared_getbuffer},
-    {Py_bf_releasebuffer, shared_releasebuffer},
     {Py_tp_methods, shared_methods},
     {Py_tp_members, shared_members},
     {0},
 };
 
 static PyType_Slot sealed_slots[] = {
-    {Py_tp_doc, "SealedMemory(fd, nbytes=-1)\n--\n\nMemory that another process filled and sealed."},
+    {Py_tp_doc, "SealedMemory(fd, nbytes=-1, *, partial=False)\n--\n\nMemory that another process fills, or has filled."},
     {Py_tp_new, sealed_new},
     {Py_tp_dealloc, shared_dealloc},
     {Py_bf_getbuffer, shared_getbuffer},
-    {Py_bf_releasebuffer, shared_releasebuffer},
     {Py_tp_methods, sealed_methods},
     {Py_tp_members, sealed_members},
     {0},

@@ -17,9 +17,13 @@
 #endif
 #define HUGETLBFS 0x958458f6 /* its magic number; linux/magic.h */
 
-#define SEALS (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE | F_SEAL_SEAL)
+#ifndef F_SEAL_FUTURE_WRITE
+#define F_SEAL_FUTURE_WRITE 0x0010 /* Linux 5.1 */
+#endif
 
-/* Open a memfd that can neither shrink nor grow; return its descriptor, or -errno. */
+#define SEALS (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL)
+
+/* Open a memfd of nbytes; return its descriptor, or -errno. */
 static int open_memfd(const char *name, unsigned int flags, size_t nbytes)
 {
     flags |= MFD_CLOEXEC | MFD_ALLOW_SEALING;
@@ -28,7 +32,7 @@ static int open_memfd(const char *name, unsigned int flags, size_t nbytes)
         fd = memfd_create(name, flags);
     if (fd < 0)
         return -errno;
-    if (ftruncate(fd, (off_t)nbytes) || fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW)) {
+    if (ftruncate(fd, (off_t)nbytes)) {
         int rc = -errno;
         close(fd);
         return rc;
@@ -121,6 +125,12 @@ static int try_huge(struct wc_shared *shared)
     return rc;
 }
 
+/* From now on nobody can write but through this mapping. */
+static int seal(const struct wc_shared *shared)
+{
+    return fcntl(shared->fd, F_ADD_SEALS, SEALS) ? -errno : 0;
+}
+
 int wc_shared_create(struct wc_shared *shared, size_t nbytes, const char *name, int numa_node)
 {
     if (nbytes > SIZE_MAX / 2)
@@ -130,6 +140,8 @@ int wc_shared_create(struct wc_shared *shared, size_t nbytes, const char *name, 
     if (rc == 0) {
         wc_memory_prefer(&shared->memory, numa_node);
         rc = back(shared, 0, 1); /* a hugetlb cgroup or a cpuset may have less than was set aside */
+        if (rc == 0)
+            rc = seal(shared);
         if (rc == 0)
             return 0;
         wc_shared_close(shared);
@@ -142,6 +154,8 @@ int wc_shared_create(struct wc_shared *shared, size_t nbytes, const char *name, 
         return rc;
     wc_memory_prefer(&shared->memory, numa_node);
     rc = try_huge(shared);
+    if (rc == 0)
+        rc = seal(shared);
     if (rc)
         wc_shared_close(shared);
     return rc;
@@ -151,7 +165,7 @@ int wc_shared_populate(const struct wc_shared *shared, size_t start, size_t stop
 {
     const size_t page = wc_page_nbytes();
 
-    if (shared->sealed || !shared->writable)
+    if (!shared->writable)
         return 0; /* all of it is there */
     if (shared->pages == WC_SHARED_SMALL) {
         /* Refuses by an errno, also where the kernel cannot populate and pages are touched. */
@@ -161,16 +175,6 @@ int wc_shared_populate(const struct wc_shared *shared, size_t start, size_t stop
             return rc;
     }
     return wc_memory_populate(&shared->memory, start, stop);
-}
-
-/* Map a sealed memfd at its place to be read. A private mapping: before Linux 6.7 a shared one counts as a writer's. */
-static int map_sealed(struct wc_shared *shared)
-{
-    shared->writable = false;
-    int rc = map_over(shared, PROT_READ, MAP_PRIVATE | MAP_NORESERVE);
-    if (rc == 0 && shared->pages == WC_SHARED_HUGE)
-        (void)madvise(shared->memory.start, shared->memory.mapped, MADV_HUGEPAGE); /* only makes it faster */
-    return rc;
 }
 
 int wc_shared_freeze(struct wc_shared *shared)
@@ -184,49 +188,20 @@ int wc_shared_freeze(struct wc_shared *shared)
     return 0;
 }
 
-int wc_shared_seal(struct wc_shared *shared)
-{
-    const struct wc_memory *memory = &shared->memory;
-    int rc = 0;
-
-    if (shared->sealed)
-        return 0;
-    if (!is_backed(shared, memory->mapped))
-        rc = back(shared, 0, memory->mapped);
-    if (rc)
-        return rc;
-    /* Hold the place, so that what others have of the address stays right. */
-    if (mmap(memory->start, memory->mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED,
-             -1, 0) == MAP_FAILED)
-        return -errno;
-    if (fcntl(shared->fd, F_ADD_SEALS, SEALS)) {
-        rc = -errno;
-        shared->lost = map_over(shared, shared->writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED) != 0;
-        if (!shared->lost && shared->pages == WC_SHARED_HUGE)
-            (void)madvise(memory->start, memory->mapped, MADV_HUGEPAGE); /* only makes it faster */
-        return rc;
-    }
-    shared->sealed = true;
-    rc = map_sealed(shared);
-    shared->lost = rc != 0;
-    return rc;
-}
-
-int wc_shared_attach(struct wc_shared *shared, int fd, size_t nbytes, bool is_own)
+int wc_shared_attach(struct wc_shared *shared, int fd, size_t nbytes, bool is_partial)
 {
     const int private = MAP_PRIVATE | MAP_NORESERVE;
     struct stat stat;
     struct statfs system;
 
-    *shared = (struct wc_shared){.fd = fd, .sealed = true, .writable = true};
+    *shared = (struct wc_shared){.fd = fd, .writable = true};
     int seals = fcntl(fd, F_GET_SEALS);
     if (seals < 0 || fstat(fd, &stat) || fstatfs(fd, &system))
         return -errno;
-    const int wanted = is_own ? F_SEAL_SHRINK | F_SEAL_GROW : SEALS;
-    if ((seals & wanted) != wanted)
+    if ((seals & SEALS) != SEALS)
         return -EPERM;
     const size_t whole = (size_t)stat.st_size;
-    if (!is_backed(shared, whole))
+    if (!is_partial && !is_backed(shared, whole))
         return -EINVAL;
     if (nbytes == SIZE_MAX)
         nbytes = whole;

@@ -29,13 +29,12 @@ struct wc_shared {
     enum wc_shared_pages pages;
     int hugetlb_refused_errno; /* 0 for WC_SHARED_HUGETLB; EFBIG: they are larger than what was asked for */
     bool writable;             /* the mapping */
-    bool sealed;               /* against writing, shrinking, growing, and other seals */
-    bool lost;                 /* the mapping cannot be touched any more: see wc_shared_seal */
 };
 
 /*
- * Create a memfd of nbytes zeroes, rounded up as struct wc_memory says, that can neither shrink nor grow, and map
- * it to be written. name shows in /proc. On failure nothing stays.
+ * Create a memfd of nbytes zeroes, rounded up as struct wc_memory says, and map it to be written. name shows in
+ * /proc. On failure nothing stays. It is sealed: it can neither shrink nor grow, and nobody can write into it but
+ * through this mapping, which a forked child has, too.
  *
  * Nothing is backed yet but a first huge page, which tells whether there are any. Reserved pages that were set
  * aside are there when they are wanted, unless a hugetlb cgroup or a cpuset has less: populate before writing.
@@ -49,31 +48,20 @@ int wc_shared_create(struct wc_shared *shared, size_t nbytes, const char *name, 
  */
 int wc_shared_populate(const struct wc_shared *shared, size_t start, size_t stop);
 
-/*
- * Back what is not backed, unmap, seal, and map again to be read at the same address. Nobody may use the mapping
- * meanwhile. -EBUSY: somebody else can write, by a mapping such as a forked child's, or by a transfer under way.
- *
- * After a failure the mapping is as it was, or, where the kernel would not map it again, lost.
- */
-int wc_shared_seal(struct wc_shared *shared);
-
-/*
- * Back what is not backed, and let this mapping be read only, against mistakes of this process, which is enough as long as nobody else has the
- * descriptor. Unlike a sealed memfd's, its pages can still be locked for a device (wc_device_register).
- */
+/* Back what is not backed, and let this mapping be read only. Its pages can still be locked (wc_device_register). */
 int wc_shared_freeze(struct wc_shared *shared);
 
 /*
- * Map nbytes of a memfd that somebody sealed as wc_shared_seal does. The descriptor is duplicated.
+ * Map nbytes of a memfd that somebody sealed as wc_shared_create does. The descriptor is duplicated.
  *
  * What is written goes to a private copy of its page. Where the kernel would have to set pages aside for that and
  * has none (hugetlb), it is mapped to be read only, as writable says. nbytes of SIZE_MAX: all of it.
  *
- * is_own: it is this process's own, frozen, and need not be sealed against writing.
+ * is_partial: it is being filled, and may have holes; a page is not to be touched before it is there.
  *
  * -EINVAL: no memfd, or not all of it is backed; -EPERM: not sealed so; -EFBIG: it is smaller than nbytes.
  */
-int wc_shared_attach(struct wc_shared *shared, int fd, size_t nbytes, bool is_own);
+int wc_shared_attach(struct wc_shared *shared, int fd, size_t nbytes, bool is_partial);
 
 /* Set *huge to the bytes of this mapping that lie in huge pages now. */
 int wc_shared_huge_nbytes(const struct wc_shared *shared, size_t *huge);

@@ -81,7 +81,7 @@ PAGES_HUGETLB: Final = 2
 
 @final
 class SharedMemory:
-    """Memory that other processes can map: zeroes in a memfd, writable here until `seal`, then nowhere.
+    """Memory that other processes can map to be read: zeroes in a memfd, writable here until `freeze`.
 
     It takes the best pages to be had: reserved huge ones where enough are free; huge ones of shmem where the
     kernel makes them, which one is made to find out; small ones. `pages` and the errnos tell. Otherwise nothing
@@ -89,8 +89,8 @@ class SharedMemory:
     cpuset leaves no page for it, that ends the process (SIGBUS).
 
     Views of it keep it alive; when the last is gone it is unmapped and its descriptor closed. Other processes
-    keep what they mapped. After a fork parent and child write into the same bytes, and neither can seal while
-    the other has them. From the start nobody can make the memfd shorter or longer.
+    keep what they mapped. After a fork parent and child write into the same bytes. From the start nobody can make the
+    memfd shorter or longer, or write into it but through this object.
 
     Args:
         nbytes: size, may be 0. The memfd is rounded up: to 2 MiB from there on, to a page below.
@@ -111,7 +111,7 @@ class SharedMemory:
 
     @property
     def address(self) -> int:
-        """Address of the first byte, a multiple of 2 MiB; `seal` does not change it."""
+        """Address of the first byte, a multiple of 2 MiB."""
 
     @property
     def fd(self) -> int:
@@ -133,41 +133,24 @@ class SharedMemory:
     def numa_refused_errno(self) -> int:
         """Why the kernel would not prefer the node; 0 where it does, or none was asked for."""
 
-    @property
-    def is_sealed(self) -> bool:
-        """Whether nobody can write any more."""
-
     def populate(self, start: int, stop: int, /) -> None:
         """Back each page that overlaps `[start, stop)` with real memory; content stays as it is.
 
         Several threads may populate and write the same bytes at once. Where a memory cgroup is full, the kernel
-        kills before it refuses: ask `machine.memory_available_bytes` first. Does nothing once sealed.
+        kills before it refuses: ask `machine.memory_available_bytes` first. Does nothing once frozen.
 
         Raises:
             ValueError: not `0 <= start <= stop <= nbytes`.
-            BufferError: it is being sealed, or could not be mapped again.
             OSError: no memory is to be had (ENOMEM, ENOSPC). Nothing else happens, no signal is sent.
         """
 
     def freeze(self) -> None:
         """Let this mapping be read only: buffers got afterwards are, and writing through older ones ends the process.
 
-        Backs what was not populated, with zeroes.
-
-        Enough as long as nobody else has the descriptor; and unlike sealed memory it can be registered for a device.
-        """
-
-    def seal(self) -> None:
-        """Make the memory read-only for ever, here and for whoever has the descriptor; may be called again.
-
-        Backs what was not populated (with zeroes), and moves nothing: buffers got afterwards are read-only.
-        torch.frombuffer(memory) holds the memory but no buffer of it, so such a tensor is not seen here, and
-        writing to it afterwards ends the process (SIGSEGV); torch.frombuffer(memoryview(memory)) is seen.
+        Backs what was not populated, with zeroes. Its pages can still be registered for a device. May be called again.
 
         Raises:
-            BufferError: a view is still out or a call under way.
-            OSError: somebody else can write (EBUSY): a mapping of another process, a transfer under way; the
-                memory is as it was. Or out of memory.
+            OSError: no memory is to be had.
         """
 
     def huge_nbytes(self) -> int:
@@ -178,7 +161,7 @@ class SharedMemory:
 
 @final
 class SealedMemory:
-    """Memory that another process filled and sealed (`SharedMemory.seal`), mapped without a copy.
+    """A `SharedMemory` that another process fills, or has filled, mapped without a copy.
 
     The buffer is writable: a page that is written becomes a private copy, which nobody else sees. What the other
     process does to itself, its end too, changes nothing here. Nothing can be truncated, so no read can fail.
@@ -190,15 +173,16 @@ class SealedMemory:
     Args:
         fd: the memfd; duplicated, so the caller closes their own.
         nbytes: size of the buffer; -1: all that is in the memfd, which may be longer than what its maker asked for.
-        own: it is a memfd of this process, frozen and in nobody else's hands, and need not be sealed.
+        partial: it is still being filled and may have holes. What is not there yet must not be touched: a read would
+            back it, and end the process (SIGBUS) where there is no memory.
 
     Raises:
-        ValueError: fd is no memfd, or not sealed against writing, shrinking, growing and sealing, has holes, or
-            holds less than nbytes.
+        ValueError: fd is no memfd, or not sealed against writing, shrinking, growing and sealing, has holes though it
+            is not partial, or holds less than nbytes.
         OSError: fd is not open, or there is no room to map it.
     """
 
-    def __new__(cls, fd: int, nbytes: int = -1, *, own: bool = False) -> SealedMemory: ...
+    def __new__(cls, fd: int, nbytes: int = -1, *, partial: bool = False) -> SealedMemory: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
     def __release_buffer__(self, view: memoryview, /) -> None: ...
     @property

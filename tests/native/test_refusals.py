@@ -119,13 +119,13 @@ def test_populate_without_memory_is_an_os_error() -> None:
 def test_shared_memory_without_room_is_an_os_error(error: str) -> None:
     body = f"""
     memory = SharedMemory(1 << 20)
-    for fill in (lambda: memory.populate(0, 1), memory.seal):
+    for fill in (lambda: memory.populate(0, 1), memory.freeze):
         try:
             fill()
         except OSError as refused:
             assert refused.errno == errno.{error}
     memoryview(memory)[:3] = b"abc"
-    print(memory.is_sealed, bytes(memory)[:4])
+    print(memoryview(memory).readonly, bytes(memory)[:4])
     """
     assert run_refusing("fallocate", error, body) == "False b'abc\\x00'"
 
@@ -144,7 +144,7 @@ def test_shared_memory_is_touched_where_the_kernel_cannot_populate() -> None:
     body = """
     memory = SharedMemory(3 << 20)
     memory.populate(0, memory.nbytes)
-    memory.seal()
+    memory.freeze()
     print(SealedMemory(memory.fd).nbytes >= memory.nbytes, any(bytes(memory)))
     """
     assert run_refusing("madvise", "EINVAL", body, MADV_POPULATE_WRITE) == "True False"
