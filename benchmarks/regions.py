@@ -24,6 +24,10 @@ WINDOW_S = 0.25  # over which it is asked who gave more: 31 MB of the nearest, t
 HELD_S = 1.0  # so long it must stay so: a range or two asked for beside are not yet a choice
 
 
+class NeverBefell(RuntimeError):
+    """A region was left before what was to befall it could: this machine was busy, and the run says nothing."""
+
+
 class Sample(NamedTuple):
     """What had come so far from the nearest region, and from the others together."""
 
@@ -106,7 +110,7 @@ class Regions:
         near, others = samples[-1].near - samples[0].near, samples[-1].others - samples[0].others
         seen["near_share"] = near / (near + others)
         if event and not event_at:
-            raise RuntimeError(f"only {near} bytes came from the nearest region, so it was never {event}")
+            raise NeverBefell(f"only {near} bytes came from the nearest region, so it was never {event}")
         if event:
             seen["left_after_s"] = left_after_s(samples, event_at[0])
 

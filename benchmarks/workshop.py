@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ from checkpoints import Checkpoints
 from children import Child
 from compiling import compile_program
 from hub import Hub, HubFile
-from regions import STORE, Regions
+from regions import STORE, NeverBefell, Regions
 from servers import Bucket, Proxy, S3Server
 from web import SOURCES, Web
 
@@ -36,6 +36,7 @@ CASES = Path(__file__).with_name("cases.py")
 RUN_TIMEOUT_S = 600.0
 SIGNED_FOR_S = 6 * 3600
 HIDDEN_PREFIXES = ("AWS_", "WEIGHTCACHE_", "HF_", "RUNAI_")
+MOST_VAIN_RUNS = 3
 FAULTS_SHARE = 0.01  # of requests for weights
 FAILING_WORDS = ("503", "reset", "short")  # see tests/proxy.py
 RANGE_NBYTES = 16 << 20  # of weightcache's requests
@@ -236,8 +237,11 @@ class Workshop:
         """
         if case.to:
             return self._run_writing(case, name)
-        [result] = self.run_at_once(case, name, 1, cache)
-        return result
+        for _ in range(MOST_VAIN_RUNS):
+            with suppress(NeverBefell):
+                [result] = self.run_at_once(case, name, 1, cache)
+                return result
+        raise CaseFailed(f"{MOST_VAIN_RUNS} runs in which nothing befell the nearest region")
 
     def _run_writing(self, case: Case, name: str) -> Result:
         """Run a case that publishes a model; what is in the bucket afterwards must be what the other cases put there."""

@@ -20,19 +20,20 @@ PACKAGE = "weightcache"
 # From the ground up: an import goes to a strictly lower row. Above the rows stand the doors, the package root, whose
 # name here is ""; above it the faces, which import nothing else of the package.
 LAYERS = (
-    ("words", "errors _version origins tiers meters ledger"),
-    ("tables", "tables"),
+    ("words", "errors _version origins tiers daemon meters ledger spans"),
+    ("tables", "tables waterfall"),
     ("prices", "prices residency"),
-    ("values", "digest dtypes report uri origins.base"),
-    ("stores", "stores"),
+    ("values", "digest dtypes report uri origins.base daemon.wire"),
+    ("stores", "stores daemon.settings"),
     ("settings", "config simulation"),
     ("contracts", "header tiers.base"),
     ("manifest", "manifest"),
-    ("decisions", "chunking choosing layout policy tiers.eviction"),
+    ("decisions", "chunking choosing forecast layout policy"),
+    ("victims", "tiers.eviction"),
     ("revisions", "published comparing"),
     ("plan", "planning"),
     ("engine", "_engine"),
-    ("machine", "behind files journal machine operations runtime"),
+    ("machine", "behind daemon.service files journal machine operations runtime"),
     ("locks", "locks measurements"),
     ("answers", "origins.answers origins.listing origins.pace origins.clock"),
     ("connections", "origins.connection"),
@@ -44,7 +45,7 @@ LAYERS = (
     ("rules", "access"),
     ("opening", "opening"),
     ("parts of tiers", "tiers.host tiers.catalogue tiers.records"),
-    ("tiers", "tiers.disk tiers.device"),
+    ("tiers", "tiers.disk tiers.device tiers.node"),
     ("registry", "registry presence"),
     ("publishing", "publishing sweeping checking"),
     ("copies", "replicating artefacts"),
@@ -55,6 +56,9 @@ LAYERS = (
     ("its windows", "windows"),
     ("conductor", "cache registries"),
     ("care", "upkeep diagnosis"),
+    ("the daemon's models", "daemon.residents"),
+    ("the daemon", "daemon.server daemon.warming daemon.web"),
+    ("the daemon's life", "daemon.node"),
 )
 LAYER = {name: number for number, (_, names) in enumerate(LAYERS) for name in names.split()} | {"": len(LAYERS)}
 FACES = ("cli", "loaders", "__main__")
@@ -63,6 +67,8 @@ PURE = (
     "choosing",
     "chunking",
     "comparing",
+    "daemon.settings",
+    "forecast",
     "layout",
     "ledger",
     "planning",
@@ -75,6 +81,7 @@ PURE = (
     "tables",
     "tiers.eviction",
     "uri",
+    "waterfall",
 )
 IMPURE = frozenset(("os", "time", "random", "socket", "asyncio", "threading", "torch", "fsspec", "weightcache._engine"))
 ENVIRONMENT = frozenset(("environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"))

@@ -63,14 +63,17 @@ __all__ = [
     "replicate",
     "revisions",
     "rulings",
+    "serve",
     "sign",
     "simulate_cost",
+    "status",
     "stream",
     "tag",
     "tags",
     "trusted_keys",
     "unpin",
     "verify",
+    "warm",
 ]
 
 Progress = Callable[[int, int], None]
@@ -200,15 +203,62 @@ def prefetch(
     """Bring a model to a tier of this node, so that the next load is warm or hot.
 
     Args:
-        tier: "disk", durable when this returns; or "host": this process's page-lockable memory, from which its loads
-            to the CPU are attached without a copy (who writes into a tensor gets a copy of that page) and those to a
-            device copied from it, from the second on without the processor's help. It stays until `evict`, the budget
-            `host_budget_bytes`, or the process's end.
+        tier: "disk", durable when this returns; or "host": memory from which loads to the CPU are attached without a
+            copy (who writes into a tensor gets a copy of that page) and those to a device copied. It is this process's,
+            page-lockable, and a model stays there until `evict`, the budget `host_budget_bytes`, or the process's end;
+            `warm` brings it to the node daemon's, for all processes.
     """
     from weightcache import cache as conductor
 
     request = _request(uri, None, None, "disk", None, storage_options, timeout_s, progress)
     return conductor.prefetch(request, tier)
+
+
+def warm(
+    uri: str | os.PathLike[str],
+    tier: str = "host",
+    *,
+    until_s: float | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Have the node daemon bring a model to host memory, or to disk, for all processes of this node.
+
+    Args:
+        tier: "host" or "disk".
+        until_s: Seconds from now for which it stays in host memory, used or not; 0 is until it is evicted. Without it,
+            it stays as long as it is worth its room.
+        progress: Called with (bytes done, bytes in all), about twice a second.
+
+    Raises:
+        DaemonError: No daemon answers, or it refuses.
+    """
+    from weightcache import upkeep
+
+    return upkeep.warm(_request(uri, None, None, "auto", None, storage_options, None, progress), tier, until_s)
+
+
+def status() -> dict[str, Any]:
+    """Return what the node daemon says of itself: tiers, models, transfers, loads, decisions (docs/daemon.md).
+
+    Raises:
+        DaemonError: No daemon answers.
+    """
+    from weightcache import upkeep
+
+    return upkeep.status()
+
+
+def serve() -> None:
+    """Run the node daemon until SIGTERM or SIGINT; call it in the main thread of a process that does nothing else.
+
+    Raises:
+        ConfigError: Settings that cannot be used.
+        DaemonError: Another daemon serves the socket, or it cannot be made.
+    """
+    from weightcache.daemon import node
+
+    node.serve()
 
 
 def pull(

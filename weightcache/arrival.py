@@ -27,7 +27,8 @@ PASSING_NBYTES = 256 << 20  # of chunks read together that only pass through
 class Arrival:
     """Where chunks go: tensors' into an image or a slab, files' into scratch memory; and who hears of it.
 
-    `on_tensor` is called with a tensor's index in `home.tensors` when it lies whole in its place; from worker threads.
+    `on_tensor` is called with a tensor's index in `home.tensors` when it lies whole in its place, `on_chunk` when a chunk
+    and every tensor that is complete with it do; from worker threads.
     """
 
     batch_bytes = 0
@@ -39,6 +40,7 @@ class Arrival:
         keys: Sequence[ChunkKey],
         counter: Counter,
         on_tensor: Callable[[int], None] = lambda index: None,
+        on_chunk: Callable[[ChunkKey], None] = lambda key: None,
     ) -> None:
         self.home = home
         self.files: dict[ChunkKey, memoryview] = {}
@@ -46,12 +48,13 @@ class Arrival:
         self._sizes = sizes_of(session.manifest, keys)
         self._scratch = Scratch(self._sizes)
         self._counter = counter
+        self._on_chunk = on_chunk
         filling = self._filling
 
         def complete(index: int) -> None:  # no method: it would hold this object, and the image, in a cycle
             if filling is not None:
                 filling.settle(filling.tensors[index])
-                on_tensor(index)
+            on_tensor(index)
 
         self._completion = _Completion(home.tensors, complete)
 
@@ -63,9 +66,11 @@ class Arrival:
         """Return the memory that a chunk of tensors goes to, None for one of files."""
         return self._filling if self._filling is not None and self._filling.holds(key) else None
 
-    def place(self, key: ChunkKey) -> Place:
+    def place(self, key: ChunkKey) -> Place | None:
         if (home := self._home_of(key)) is not None:
             return home.place(key)
+        if self._completion.knows(key):
+            return None  # of an attached image
         [self.files[key]] = self._scratch.claim([key])
         return self._scratch.place(self.files[key])
 
@@ -81,9 +86,9 @@ class Arrival:
             home.accept(key, view, crew)
 
     def arrived(self, key: ChunkKey) -> None:
-        if self._home_of(key) is not None:
-            self._completion(key)
+        self._completion(key)
         self._counter.add(self._sizes[key])
+        self._on_chunk(key)
 
 
 class Passing:
@@ -149,8 +154,11 @@ class _Completion:
             if left == 0:
                 self._complete(index)
 
+    def knows(self, key: ChunkKey) -> bool:
+        return key in self._tensors
+
     def __call__(self, key: ChunkKey) -> None:
-        for index in self._tensors[key]:
+        for index in self._tensors.get(key, ()):
             with self._lock:
                 self._left[index] -= 1
                 done = self._left[index] == 0

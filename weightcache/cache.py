@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,19 +23,19 @@ from weightcache.delivery import (
     counter_of,
     hold_image,
     home_for,
-    is_attached,
     lay_out_for,
     move,
     open_for,
     transfer_of,
 )
-from weightcache.errors import CapacityError, ConfigError, OriginChangedError, nearest
-from weightcache.layout import ChunkKey
-from weightcache.manifest import Role
-from weightcache.modelfiles import PulledFiles, missing_file_keys, place_files
+from weightcache.errors import CapacityError, ConfigError, DaemonError, ImageLostError, OriginChangedError, nearest
+from weightcache.layout import ChunkKey, carry
+from weightcache.manifest import Manifest, Role
+from weightcache.modelfiles import PulledFiles, file_keys, files_folder, missing_file_keys, place_files
 from weightcache.planning import Plan
 from weightcache.policy import Verb
 from weightcache.report import Report
+from weightcache.runtime import collection_paused
 from weightcache.session import (
     Request,
     Session,
@@ -49,7 +50,6 @@ from weightcache.session import (
     wanted_names,
 )
 from weightcache.tiers.host import (
-    AttachedImage,
     HeldImage,
     Image,
     allocate,
@@ -97,28 +97,35 @@ class PlannedLoad:
 
 def load(request: Request, device: str | torch.device, dtype: str | torch.dtype | None = None) -> LoadedModel:
     """Bring a model's tensors to a device and bind them."""
-    return _again_if_changed(request, lambda report: _load(request, device, dtype, report))
+    return _again(request, lambda request, report: _load(request, report, device, dtype))
 
 
-def _again_if_changed(request: Request, attempt: Callable[[Report], T]) -> T:
-    """Try once more from the start when the model changed meanwhile."""
+def _again(request: Request, attempt: Callable[[Request, Report], T]) -> T:
+    """Try once more from the start when the model changed meanwhile, or an image was lost that somebody else filled."""
     report = Report(uri=request.uri)
-    try:
-        return attempt(report)
-    except OriginChangedError as exc:
-        fall_back(report, f"the model changed while it was loaded, starting again once: {exc}")
-    # Not within the except block, whose traceback holds what the first attempt had loaded.
-    spent = Report(
-        uri=request.uri,
-        warnings=report.warnings,
-        n_requests=report.n_requests,
-        n_retries=report.n_retries,
-        replicas=report.replicas,
-    )
-    return attempt(spent)
+    n_changed = 0
+    while True:
+        try:
+            return attempt(request, report)
+        except OriginChangedError as exc:
+            n_changed += 1
+            if n_changed > 1:
+                raise
+            fall_back(report, f"the model changed while it was loaded, starting again once: {exc}")
+        except ImageLostError as exc:
+            request = replace(request, takes_images=False)
+            fall_back(report, f"starting again without it: {exc}")
+        # Not within the except block, whose traceback holds what the first attempt had loaded.
+        report = Report(
+            uri=request.uri,
+            warnings=report.warnings,
+            n_requests=report.n_requests,
+            n_retries=report.n_retries,
+            replicas=report.replicas,
+        )
 
 
-def _load(request: Request, device: str | torch.device, dtype: str | torch.dtype | None, report: Report) -> LoadedModel:
+def _load(request: Request, report: Report, device: str | torch.device, dtype: str | torch.dtype | None) -> LoadedModel:
     with report.stage("import"):
         from weightcache.tensors import LoadedModel, resolve_dtype
     with report.stage("open"):
@@ -148,6 +155,7 @@ def _load(request: Request, device: str | torch.device, dtype: str | torch.dtype
         report.bytes["disk"],
         report.bytes["host"],
     )
+    session.tell()
     return LoadedModel(tensors, files, report, session.release, wait_stored)
 
 
@@ -163,7 +171,8 @@ def _bring_whole(session: Session, where: Where) -> tuple[dict[str, torch.Tensor
         if not isinstance(home, Slab):
             report.choices["memory"] = home.pages()
         binder = Binder(home.base) if isinstance(home, Slab) else Binder.over(home.memory, where.chosen)
-        tensors = {placed.name: binder.bind(placed.entry, placed.offset) for placed in home.tensors}
+        with collection_paused():
+            tensors = {placed.name: binder.bind(placed.entry, placed.offset) for placed in home.tensors}
     with report.stage("files"):
         files = place_files(session, arrival.files)
     return tensors, files
@@ -178,7 +187,7 @@ async def _bring(session: Session, where: Where) -> Arrival:
         with report.stage("look"):
             wanted = find_wanted(session)
             held = await hold_image(session, wanted, where.landing)
-            keys = [*([] if is_attached(held, where) else chunks_of(wanted)), *missing_file_keys(session)]
+            keys = [*chunks_of(wanted), *missing_file_keys(session)]
             plan = decide(session, keys, look(session, keys), held.layout.chunks if held else ())
         with report.stage("move"):
             home = await session.threads.on_worker(home_for, session, wanted, where, held)
@@ -194,17 +203,28 @@ async def _bring(session: Session, where: Where) -> Arrival:
 
 def stream(request: Request, device: str | torch.device) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield tensors as they arrive; see `weightcache.stream`."""
-    session, where = open_for(request, device, Report(uri=request.uri))
-    windows_ahead = Windows(session, where)
-    try:
-        for wanted, tensor in windows_ahead:
-            given = [(wanted.name, tensor)]  # popped: nothing here holds on to what the user lets go
-            del tensor
-            yield given.pop()
-    finally:
-        windows_ahead.close()
-        session.settle()
-        session.release()
+    report, revision, left = Report(uri=request.uri), None, set[str]()
+    while True:
+        session, where = open_for(request, device, report)
+        windows_ahead = Windows(session, where)
+        try:
+            names = {tensor.name for tensor in windows_ahead.begin()}
+            if revision not in (None, session.manifest.revision):
+                raise OriginChangedError(f"{session.name} changed while it was streamed; stream again")
+            revision, left = session.manifest.revision, left or names
+            for wanted, tensor in windows_ahead:
+                given = [(wanted.name, tensor)]  # popped: nothing here holds on to what the user lets go
+                left.discard(wanted.name)
+                del tensor
+                yield given.pop()
+            return
+        except ImageLostError as exc:
+            fall_back(report, f"going on without it: {exc}")
+        finally:
+            windows_ahead.close()
+            session.settle()
+            session.release()
+        request = replace(request, takes_images=False, names=frozenset(left), include=None, exclude=None)
 
 
 def _bring_converted(
@@ -242,13 +262,13 @@ def _allocate(where: Where, nbytes: int) -> torch.Tensor:
 
 def load_into(request: Request, module: torch.nn.Module, *, strict: bool) -> Report:
     """Fill a module in place; see `weightcache.load_into`."""
-    return _again_if_changed(request, lambda report: _load_into(request, module, report, strict=strict))
+    return _again(request, lambda request, report: _load_into(request, module, report, strict=strict))
 
 
 def _load_into(request: Request, module: torch.nn.Module, report: Report, *, strict: bool) -> Report:
     from weightcache.tensors import check_fit, devices_of, fill_module, torch_form
 
-    with _described(request, report) as session:
+    with _described(request, report, may_attach=True) as session:
         wanted, revision = wanted_names(request), session.manifest.revision
         shapes = {name: torch_form(entry)[1] for name, _, entry in session.manifest.tensors() if wanted(name)}
     names = check_fit(module, shapes, strict=strict)
@@ -270,9 +290,9 @@ def _load_into(request: Request, module: torch.nn.Module, report: Report, *, str
 
 
 @contextlib.contextmanager
-def _described(request: Request, report: Report) -> Iterator[Session]:
+def _described(request: Request, report: Report, *, may_attach: bool = False) -> Iterator[Session]:
     """Describe a model for the length of the block; its origin is closed."""
-    session = open_session(request, report)
+    session = open_session(request, report, may_attach=may_attach)
 
     async def bring() -> None:
         try:
@@ -320,10 +340,11 @@ def prefetch(request: Request, tier: str) -> Report:
     if tier not in PREFETCH_TIERS:
         raise ConfigError(f"tier={tier!r}: expected one of {', '.join(PREFETCH_TIERS)}{nearest(tier, PREFETCH_TIERS)}")
     report = Report(uri=request.uri)
+    request = replace(request, verb=Verb.PREFETCH, takes_images=tier == "host")
     if tier == "host":
-        return _prefetch_to_host(replace(request, cache="auto", verb=Verb.PREFETCH), report)
+        return keep_in_host(replace(request, cache="auto"), report)
     with report.stage("open"):
-        session = open_session(replace(request, cache="disk", verb=Verb.PREFETCH), report)
+        session = open_session(replace(request, cache="disk"), report)
 
     def check_kept() -> None:
         if session.tally.disk_failure:
@@ -339,44 +360,107 @@ def prefetch(request: Request, tier: str) -> Report:
     return report
 
 
-def _prefetch_to_host(request: Request, report: Report) -> Report:
-    """Bring a model's tensors into an image that this process keeps."""
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A model in host memory.
+
+    Attributes:
+        held: Its image.
+        manifest: What that is of.
+        files: Where its configuration and tokenizer lie, if they lie on this node.
+        base: The URI of the model that it was made from, as it was published; or empty.
+    """
+
+    held: HeldImage
+    manifest: Manifest
+    files: Path | None
+    base: str = ""
+
+
+def keep_in_host(
+    request: Request,
+    report: Report,
+    on_kept: Callable[[Kept], None] | None = None,
+    *,
+    here_only: bool = False,
+) -> Report:
+    """Bring a model's tensors into an image that this process keeps.
+
+    Args:
+        request: Of a model.
+        report: Of this.
+        on_kept: Called on the loop thread as soon as there is an image to attach to, which may still be being filled.
+            It is held for whoever is told: `host_tier.let_go` of it.
+        here_only: Fill none.
+    """
     with report.stage("open"):
         session = open_session(request, report)
+
+    def tell(held: HeldImage) -> None:
+        if on_kept is not None and host_tier.hold_again(held, time.time()):
+            on_kept(Kept(held, session.manifest, files_folder(session), base_of(session)))
+
+    async def take(held: HeldImage) -> dict[ChunkKey, memoryview]:
+        """Take an image that somebody else fills, or has filled."""
+        session.held.callback(host_tier.let_go, held)
+        tell(held)
+        if on_kept is None:
+            with report.stage("move"):
+                await held.wait(held.layout.chunks)
+        return {}
 
     async def bring() -> dict[ChunkKey, memoryview]:
         try:
             with report.stage("describe"):
                 await describe_model(session)
             with report.stage("look"):
-                wanted = find_wanted(session)
                 if not all(shard.etag for shard in session.manifest.weights):
                     raise ConfigError(
                         f"{session.name} cannot be kept in host memory: its origin gives no ETag or date by which its states "
                         "could be told apart; prefetch it to 'disk'"
                     )
-                files = missing_file_keys(session)
-                here = await hold_image(session, wanted)
-                keys = [*([] if here else chunks_of(wanted)), *files]
-                sizes, layout = sizes_of(session.manifest, keys), lay_out_for(session, wanted)
-                plan = decide(session, keys, look(session, keys))
-            with report.stage("move"):
-                if here:
-                    arrival = Arrival(session, AttachedImage(here, ()), keys, counter_of(session, keys))
-                    await move(session, transfer_of(session, arrival), plan)
-                    return arrival.files
-                budget = host_budget_bytes(session.settings.host_budget_bytes)
-                with host_tier.room(image_bytes(layout), budget):
-                    memory = allocate_shared(image_bytes(layout), "weightcache")
-                    arrival = Arrival(session, Image(layout, sizes, memory), keys, counter_of(session, keys))
-                    await move(session, transfer_of(session, arrival, is_kept=True, is_background=True), plan)
-                    held = HeldImage(str(session.name), str(session.manifest.revision), layout, memory)
-                    host_tier.keep(session.key, held)
-            report.choices["memory"] = held.pages()
-            return arrival.files
+                here = host_tier.hold(session.key, str(session.manifest.revision), (), time.time())
+            if here is not None:
+                return await take(here)
+            if here_only:
+                raise DaemonError(f"{session.name} is not in host memory", uri=str(session.name))
+            return await fill()
         finally:
             account(session)
             await session.close_origin()
+
+    async def fill() -> dict[ChunkKey, memoryview]:
+        with report.stage("look"):
+            wanted = find_wanted(session)
+            carried = file_keys(session.manifest)
+            keys = [*chunks_of(wanted), *carried, *([] if carried else missing_file_keys(session))]
+            sizes = sizes_of(session.manifest, keys)
+            layout = carry(lay_out_for(session, wanted), {key: sizes[key] for key in carried})
+            plan = decide(session, keys, look(session, keys))
+            budget_bytes = host_budget_bytes(session.settings.host_budget_bytes)
+        with host_tier.room(nbytes := image_bytes(layout), budget_bytes, time.time()):
+            memory = allocate_shared(nbytes, "weightcache")
+            mine = HeldImage(str(session.name), str(session.manifest.revision), layout, memory)
+            held = host_tier.keep(session.key, mine, time.time())
+        if held is not mine:
+            return await take(held)
+        try:
+            tell(held)
+            image = Image(layout, sizes, memory)
+            arrival = Arrival(session, image, keys, counter_of(session, keys), on_chunk=held.arrived)
+            arrival.begin()
+            # Whoever fills it is one of its users.
+            transfer = transfer_of(session, arrival, is_kept=True, is_awaited=lambda: held.n_users > 1)
+            with report.stage("move"):
+                await move(session, transfer, plan)
+                await session.threads.on_worker(held.freeze)
+        except BaseException as exc:
+            host_tier.give_up(held, str(exc) or type(exc).__name__)
+            raise
+        finally:
+            host_tier.let_go(held)
+        report.choices["memory"] = held.pages()
+        return arrival.files | dict(zip(carried, image.claim(carried), strict=True))
 
     try:
         files = session.threads.run(bring())
@@ -388,6 +472,12 @@ def _prefetch_to_host(request: Request, report: Report) -> Report:
     with report.stage("settle"):
         wait_stored(None)
     return report
+
+
+def base_of(session: Session) -> str:
+    """Return the URI of the model that a published one was made from; empty where that is not known."""
+    root = str(session.name).rpartition(f"/{session.name.model}@")[0]
+    return session.base if "://" in session.base or not (session.base and root) else f"{root}/{session.base}"
 
 
 def pull(request: Request, folder: Path) -> Report:
@@ -463,7 +553,7 @@ def _through(
                 counter = Counter(session.request.progress, decided.disk_nbytes + decided.origin_nbytes)
             with report.stage("move"):
                 passing = Passing(session, keys, on_chunk, counter)
-                transfer = transfer_of(session, passing, wait_for_disk=True, is_background=keep_only)
+                transfer = transfer_of(session, passing, wait_for_disk=True, is_awaited=lambda: not keep_only)
                 await move(session, transfer, decided)
         finally:
             account(session)

@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from weightcache.daemon.settings import DaemonSettings, Warm, read_daemon, read_warm
+from weightcache.digest import Digest
 from weightcache.errors import ConfigError
 from weightcache.prices import Overrides, read_overrides
 from weightcache.residency import Policy, Site
@@ -26,7 +28,19 @@ from weightcache.tables import Reader, Unshown, read_flag, read_table
 MIB = 1 << 20
 ENVIRONMENT = "the environment"
 ENVIRONMENT_PREFIX = "WEIGHTCACHE_"
-FILE_ONLY = frozenset({"attempts", "max_bytes_per_s", "redirect_hosts"})
+NO_SOCKET = "none"
+# What decides where an origin is asked, and as whom.
+_PLACES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_CA_BUNDLE")
+_CREDENTIALS = (
+    *("AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"),
+    *("AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE", "HF_TOKEN", "GOOGLE_APPLICATION_CREDENTIALS"),
+    "AZURE_STORAGE_ACCOUNT",
+)
+FILE_ONLY = frozenset({"attempts", "max_bytes_per_s", "redirect_hosts", "timeout_s"})
+SERVICE_NAMES = (
+    *("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"),
+    *("LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES"),
+)
 _UNITS = {
     "": 1,
     "k": 10**3,
@@ -60,14 +74,18 @@ class Settings:
         attempts: Most tries of one request. In the file only.
         request_timeout_s: Longest silence on a connection before its request counts as failed; less than 1 KiB/s is
             silence.
-        timeout_s: Longest time a whole load may take; 0 means no limit.
+        timeout_s: Longest time a whole load may take; 0 means no limit. In the file only.
         host_budget_bytes: Most bytes of images that this process keeps in host memory; 0 means half of what is
             available. Freed memory kept for the next load is at most an eighth of that, and no more than this.
         libcuda: The driver to open; another one is for tests.
+        socket: The node daemon's; without it, `daemon/socket` below the cache folder. A load uses a daemon that
+            answers there. "none": no daemon.
         prices: A table for each provider or host whose prices are not those of `weightcache.prices`.
         node: Where this node is, by `[node]`.
         policy: Where this node's bytes may lie and come from, by `[node]`.
         stores: What logical names stand for, by `[stores.<name>]`.
+        daemon: How the node daemon works, by `[daemon]`.
+        warm: What it brings here before it is asked for, by `[[warm]]`.
     """
 
     dir: Path
@@ -83,10 +101,20 @@ class Settings:
     timeout_s: float = 0.0
     host_budget_bytes: int = 0
     libcuda: str = "libcuda.so.1"
+    socket: str = ""
     prices: Overrides = field(default_factory=dict)
     node: Site = field(default_factory=Site)
     policy: Policy = field(default_factory=Policy)
     stores: Mapping[str, Store] = field(default_factory=dict)
+    daemon: DaemonSettings = field(default_factory=DaemonSettings)
+    warm: tuple[Warm, ...] = ()
+
+    @property
+    def socket_path(self) -> Path | None:
+        """Where the node daemon's socket is; None where none is wanted."""
+        if self.socket == NO_SOCKET:
+            return None
+        return Path(self.socket) if self.socket else self.dir / "daemon" / "socket"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +134,17 @@ class Configuration:
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
         settings = self.settings
-        told = {name: getattr(settings, name) for name in self.sources if name not in ("node", "policy", "stores")}
+        told = {
+            name: getattr(settings, name)
+            for name in self.sources
+            if name not in ("node", "policy", "stores", "daemon", "warm")
+        }
         values = {name: {"value": _plain(value), "from": self.sources[name]} for name, value in told.items()}
         stores = {name: store.as_dict(settings.prices) for name, store in settings.stores.items()}
         node, policy = asdict(settings.node), settings.policy.to_form()
         file = None if self.file is None else str(self.file)
-        return {"file": file, "settings": values, "node": node, "policy": policy, "stores": stores}
+        daemon = {"daemon": asdict(settings.daemon), "warm": [asdict(each) for each in settings.warm]}
+        return {"file": file, "settings": values, "node": node, "policy": policy, "stores": stores} | daemon
 
 
 def read_settings(environment: Mapping[str, str] | None = None) -> Settings:
@@ -144,6 +177,20 @@ def read_configuration(environment: Mapping[str, str] | None = None, file: Path 
     return Configuration(path if is_read else None, settings, changed)
 
 
+def read_surroundings() -> dict[str, dict[str, str]]:
+    """Return by which places and credentials this process asks origins, each value as a digest: they may be secret."""
+    groups = {"places": _PLACES, "credentials": _CREDENTIALS}
+    return {
+        group: {name: Digest.of(os.environ[name].encode()).hex[:32] for name in names if os.environ.get(name)}
+        for group, names in groups.items()
+    }
+
+
+def take_service_environment() -> dict[str, str]:
+    """Return what a service manager passed to this process, and take it from the environment: it is not for children."""
+    return {name: os.environ.pop(name) for name in SERVICE_NAMES if name in os.environ}
+
+
 def _folder(named: str | None, default: Path) -> Path:
     # The XDG base directory specification says that a relative path counts as not set.
     return Path(named) if named and Path(named).is_absolute() else default
@@ -165,6 +212,8 @@ def _read_file(path: Path) -> dict[str, Any]:
         "prices": partial(read_overrides, source=source),
         "node": partial(read_node, source=source),
         "stores": partial(read_stores, source=source),
+        "daemon": partial(read_daemon, source=source, read_bytes=read_bytes),
+        "warm": partial(read_warm, source=source),
     }
     values = read_table(_read_toml(path), "", source, _READERS | tables)
     if "node" in values:
@@ -241,6 +290,12 @@ def _read_library(value: object) -> str:
     return value
 
 
+def _read_socket(value: object) -> str:
+    if not isinstance(value, str) or not (value == NO_SOCKET or Path(value).expanduser().is_absolute()):
+        raise ValueError(f'the absolute path of a socket, or "{NO_SOCKET}"')
+    return value if value == NO_SOCKET else str(Path(value).expanduser())
+
+
 def _read_range_bytes(value: object) -> int:
     nbytes = read_bytes(value)
     if not MIB <= nbytes <= 64 * MIB:
@@ -262,4 +317,5 @@ _READERS: dict[str, Reader] = {
     "timeout_s": _read_seconds,
     "host_budget_bytes": read_bytes,
     "libcuda": _read_library,
+    "socket": _read_socket,
 }

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,10 +23,11 @@ from weightcache.locks import exclusive
 from weightcache.machine import memory_available_bytes
 from weightcache.operations import Crew
 from weightcache.origins.base import Stat
+from weightcache.origins.pace import throttle
 from weightcache.planning import Plan
 from weightcache.report import Report
 from weightcache.session import Request, Session, chunks_of, fall_back, open_session, sizes_of
-from weightcache.tiers.host import AttachedImage, HeldImage, Image, Scratch, host_tier
+from weightcache.tiers.host import AttachedImage, Image, Scratch, SharedImage, host_tier
 from weightcache.transfer import Destination, Keeping, Transfer
 
 if TYPE_CHECKING:
@@ -48,7 +49,9 @@ class Where:
 
 
 def open_for(request: Request, device: str | torch.device, report: Report) -> tuple[Session, Where]:
-    """Open what a request needs. On the caller's thread: its current stream is what the device's memory is used on.
+    """Open what a request needs, or attach to the node daemon's image.
+
+    On the caller's thread: its current stream is what the device's memory is used on.
 
     Raises:
         DeviceError: A device that is not there, was opened before a fork, or whose stream is being captured.
@@ -62,7 +65,7 @@ def open_for(request: Request, device: str | torch.device, report: Report) -> tu
     if chosen.type == "cuda":
         check_fork(settings.libcuda)
         check_capture(chosen)
-    session = open_session(request, report)
+    session = open_session(request, report, may_attach=True)
     landing = None
     if chosen.type == "cuda":
         try:
@@ -78,12 +81,16 @@ def open_for(request: Request, device: str | torch.device, report: Report) -> tu
     return session, Where(chosen, landing)
 
 
-async def hold_image(session: Session, wanted: Iterable[Wanted], landing: Landing | None = None) -> HeldImage | None:
-    """Take the image of this state of the model that this process keeps in host memory, if it has all that is wanted.
+async def hold_image(session: Session, wanted: Iterable[Wanted], landing: Landing | None = None) -> SharedImage | None:
+    """Take the image of this state of the model in host memory, the daemon's or this process's, if it has all that is wanted.
 
     It is held until the session is released, and registered for the device where that pays. Once a load.
     """
-    if not all(shard.etag for shard in session.manifest.weights):
+    if session.attached is not None:
+        if landing is not None:
+            session.report.choices["registration"] = "not registered: the image is the daemon's, and mapped to be read"
+        return session.attached
+    if not session.request.takes_images or not all(shard.etag for shard in session.manifest.weights):
         return None  # its states cannot be told apart
     held = host_tier.hold(session.key, str(session.manifest.revision), chunks_of(wanted), time.time())
     if held is None:
@@ -107,12 +114,7 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def is_attached(held: HeldImage | None, where: Where) -> bool:
-    """Tell whether tensors are where they are wanted without being moved."""
-    return held is not None and where.landing is None
-
-
-def home_for(session: Session, wanted: Sequence[Wanted], where: Where, held: HeldImage | None) -> Home:
+def home_for(session: Session, wanted: Sequence[Wanted], where: Where, held: SharedImage | None) -> Home:
     """Make the memory that tensors go to, or take that in which they are."""
     manifest, sizes = session.manifest, sizes_of(session.manifest, chunks_of(wanted))
     if where.landing is not None:
@@ -120,8 +122,10 @@ def home_for(session: Session, wanted: Sequence[Wanted], where: Where, held: Hel
 
         return Slab(pack(manifest, wanted), where.landing, Scratch(sizes))
     if held is not None:
-        session.tally.host_bytes += sum(sizes.values())
-        return AttachedImage(held, {tensor.name for tensor in wanted})
+        attached = AttachedImage(held, {tensor.name for tensor in wanted})
+        if attached.memory.is_private:
+            return attached
+        session.report.choices["attach"] = "copied: no reserved huge page is left for those that are written"
     return Image(lay_out_for(session, wanted), sizes)
 
 
@@ -133,11 +137,11 @@ def transfer_of(
     session: Session,
     destination: Destination,
     landing: Landing | None = None,
-    held: HeldImage | None = None,
+    held: SharedImage | None = None,
     *,
     wait_for_disk: bool = False,
     is_kept: bool = False,
-    is_background: bool = False,
+    is_awaited: Callable[[], bool] = lambda: True,
 ) -> Transfer:
     """Make the transfer to a destination; `is_kept` says that it keeps what it gets for as long as the load lasts."""
     keeping = None
@@ -162,7 +166,8 @@ def transfer_of(
         ),
         connections=session.settings.connections if is_kept else min(session.settings.connections, N_PASSING),
         wait_for_disk=wait_for_disk,
-        is_background=is_background,
+        is_awaited=is_awaited,
+        background=throttle(session.settings.daemon.prefetch_bytes_per_s, "prefetch"),
         tally=session.tally,
     )
 

@@ -183,6 +183,27 @@ class ConflictError(WeightcacheError):
     exit_code = 15
 
 
+class DaemonError(WeightcacheError):
+    """The node daemon is not there, refuses, or does not answer as it should."""
+
+    code = "daemon"
+    exit_code = 16
+
+
+class ImageLostError(WeightcacheError):
+    """An image in host memory that whoever filled it has given up; the load begins again without it."""
+
+    code = "image-lost"
+
+
+def of_code(code: str, message: str) -> WeightcacheError:
+    """Return the error of a code, as another process had it."""
+    classes = [WeightcacheError]
+    for each in classes:
+        classes += each.__subclasses__()
+    return next((each for each in classes if each.code == code), DaemonError)(message)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ` (did you mean …?)` for the known name closest to `name`, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

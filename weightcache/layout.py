@@ -196,6 +196,15 @@ def _place(
     return Layout(end, offsets, tuple(placements), padded)
 
 
+def carry(layout: Layout, sizes: Mapping[ChunkKey, int]) -> Layout:
+    """Return a layout with chunks behind it that hold no tensor that is laid out."""
+    offsets, end = dict(layout.chunks), layout.nbytes
+    for key, nbytes in sizes.items():
+        offsets[key] = end = pages(end)
+        end += nbytes
+    return Layout(end, offsets, layout.tensors, layout.padded)
+
+
 def pack(manifest: Manifest, tensors: Iterable[Wanted]) -> Packing:
     """Lay out tensors on a device, in the order given."""
     spans: dict[ChunkKey, list[tuple[int, int, int]]] = {}

@@ -24,6 +24,9 @@ from weightcache.session import Session, fall_back
 FILES_RECORD = RESERVED_PREFIX + "files.json"
 
 
+CARRIED_NBYTES = 64 << 20  # of configuration and tokenizer, beside an image
+
+
 def missing_file_keys(session: Session) -> list[ChunkKey]:
     """Return the chunks of configuration and tokenizer that must still be brought to this node."""
     if session.local is not None or _ready_files(session) is not None:
@@ -31,7 +34,21 @@ def missing_file_keys(session: Session) -> list[ChunkKey]:
     return select(session.manifest, [Role.FILE])
 
 
+def file_keys(manifest: Manifest) -> list[ChunkKey]:
+    """Return the chunks of configuration and tokenizer that an image carries: all, or none where they are too large."""
+    keys = select(manifest, [Role.FILE])
+    nbytes = sum(shard.nbytes for shard in manifest.shards if shard.role is Role.FILE)
+    return keys if nbytes <= CARRIED_NBYTES else []
+
+
+def files_folder(session: Session) -> Path | None:
+    """Return where the model's files lie on this node, or will."""
+    return session.local or _folder(session)
+
+
 def _folder(session: Session) -> Path | None:
+    if session.attached is not None:
+        return session.attached.files
     if session.disk is None:
         return None
     return session.disk.records.files_folder(session.key, session.manifest.revision)

@@ -347,7 +347,9 @@ def check(
         for each in repair_from:
             # Of a store, another of its replicas; else another registry.
             is_replica = bool(name.store) and "/" not in each
-            sources.append(_at(name if is_replica else _root_name(each), options, access, each if is_replica else ""))
+            at = _at(name if is_replica else _root_name(each), options, access, each if is_replica else "")
+            access.check_read(Verb.REPLICATE, at.site, at.label)
+            sources.append(at)
 
         def rule(owner: str, policy: Policy) -> None:
             access.add(owner, policy)

@@ -27,6 +27,7 @@ from weightcache.digest import Digest
 from weightcache.errors import (
     CapacityError,
     ConfigError,
+    DaemonError,
     ModelNotFoundError,
     OfflineError,
     OriginUnreachableError,
@@ -40,6 +41,7 @@ from weightcache.layout import ChunkKey, Wanted, want
 from weightcache.ledger import Ledger, place_of
 from weightcache.locks import Flight
 from weightcache.manifest import Manifest, Shard
+from weightcache.measurements import Measurements
 from weightcache.opening import WEB, make_origin, make_replicas
 from weightcache.origins.base import Origin, Stat
 from weightcache.origins.chunked import ChunkedOrigin
@@ -55,6 +57,7 @@ from weightcache.residency import Policy
 from weightcache.runtime import Runtime, runtime
 from weightcache.tiers.disk import DiskTier
 from weightcache.tiers.host import keep_freed
+from weightcache.tiers.node import NodeImage, attach
 from weightcache.tiers.records import ModelRecord, model_key, shard_key
 from weightcache.transfer import Tally
 from weightcache.uri import Name, latest_of, parse_uri
@@ -63,12 +66,20 @@ log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 Patterns = str | Sequence[str] | None
+N_SPANS_TOLD = 300  # to the daemon, of a load
 CACHE_MODES = ("auto", "disk", "none")
+MEASURED_FROM_NBYTES = 64 << 20  # what comes in less than a second says little of a rate
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a caller asks for; see `weightcache.load_model` for each field. `names` are exact, and not public."""
+    """What a caller asks for; see `weightcache.load_model` for each field. Not public are the last three.
+
+    Attributes:
+        names: Exact names of tensors, in place of patterns.
+        verb: What it is for, to residency policies.
+        takes_images: Whether images in host memory may be used that others fill: the node daemon's, or another thread's.
+    """
 
     uri: str
     storage_options: Mapping[str, Any] = field(default_factory=dict)
@@ -76,11 +87,12 @@ class Request:
     offline: bool | None = None
     include: Patterns = None
     exclude: Patterns = None
-    names: frozenset[str] | None = None
     order: Sequence[str] = ()
     timeout_s: float | None = None
     progress: Progress | None = None
+    names: frozenset[str] | None = None
     verb: Verb = Verb.READ
+    takes_images: bool = True
 
 
 class _Memory:
@@ -125,10 +137,13 @@ class Session:
     tally: Tally = field(default_factory=Tally)
     policy: Policy = field(default_factory=Policy)  # the model's own, where it is published
     bundles: tuple[Bundle, ...] = ()
+    base: str = ""  # what the model was made from, as it was published
+    attached: NodeImage | None = None  # the node daemon's, which has it all
     access: Access = field(init=False)
 
     def __post_init__(self) -> None:
         self.access = Access(self.settings, self.name, self.request.verb)
+        self.tally.spans = self.report.spans
 
     @property
     def in_place(self) -> LocalOrigin | None:
@@ -215,6 +230,13 @@ class Session:
         spending.enter(entries, self.report)
         if entries and self.disk is not None and self.behind is not None:
             self.behind.submit(spending.append, self.disk.root, entries)
+            self._measure(self.disk.root, self.behind)
+
+    def _measure(self, root: Path, behind: Behind) -> None:
+        """Remember, behind, how fast the model came from its place: that is what losing it costs."""
+        nbytes, move_s = self.tally.origin_bytes, self.report.seconds.get("move", 0.0)
+        if nbytes >= MEASURED_FROM_NBYTES and move_s and self.request.verb is not Verb.PREFETCH:  # they wait for others
+            behind.submit(_remember_rate, root, place_of(str(self.name), self.endpoint), nbytes / move_s)
 
     def leave_disk(self, why: str) -> None:
         """Go on without the disk tier."""
@@ -244,9 +266,20 @@ class Session:
 
         return wait
 
+    def tell(self) -> None:
+        """Tell the node daemon whose image was used how that went."""
+        if self.attached is not None:
+            self.attached.tell(self.report.as_dict(n_spans=N_SPANS_TOLD))
+
     def release(self) -> None:
         """Let go of what is held for this model: its lease, and files outside the cache. May be called twice."""
         self.held.close()
+
+
+def _remember_rate(root: Path, place: str, bytes_per_s: float) -> None:
+    measurements = Measurements(root)
+    measurements.of(place).add_rate(bytes_per_s)
+    measurements.save()
 
 
 def _finish(disk: DiskTier, flight: Flight | None, tally: Tally, shards: Sequence[tuple[str, Shard]]) -> None:
@@ -263,7 +296,8 @@ def _finish(disk: DiskTier, flight: Flight | None, tally: Tally, shards: Sequenc
         disk.close()
 
 
-def open_session(request: Request, report: Report) -> Session:
+def open_session(request: Request, report: Report, *, may_attach: bool = False) -> Session:
+    """Open what a request needs: origin and disk tier, or, where it may attach and a node daemon serves it, nothing."""
     settings = read_settings()
     if request.timeout_s is not None:
         if not 0 < request.timeout_s < math.inf:
@@ -277,8 +311,9 @@ def open_session(request: Request, report: Report) -> Session:
     if name.scheme == "wc" and not name.model:
         raise UriError(f"{name} names a store: expected one of its models, as in {name}/llama-3-8b@v1", uri=str(name))
     offline = settings.offline if request.offline is None else request.offline
-    disk = _open_disk(request, settings, name, report)
     threads = runtime(settings.threads)
+    attached = _attach(request, settings, name, offline, report) if may_attach and request.takes_images else None
+    disk = _open_disk(request, settings, name, report) if attached is None else None
     keep_freed(settings.host_budget_bytes)
     session = Session(
         request=request,
@@ -292,7 +327,11 @@ def open_session(request: Request, report: Report) -> Session:
         disk=disk,
         deadline=threads.loop.time() + settings.timeout_s if settings.timeout_s else None,
         behind=Behind(threads.writers) if disk is not None else None,
+        attached=attached,
     )
+    if attached is not None:
+        session.held.callback(attached.close)
+        return session
     try:
         if name.scheme == "s3":
             with report.stage("import"):
@@ -313,6 +352,34 @@ def open_session(request: Request, report: Report) -> Session:
         session.access.close()
         raise
     return session
+
+
+def _attach(request: Request, settings: Settings, name: Name, offline: bool, report: Report) -> NodeImage | None:
+    """Attach to the image that the node daemon has of a model, or begins to fill; None where it does not."""
+    path = settings.socket_path
+    if path is None or request.cache != "auto":
+        return None
+    with contextlib.suppress(PermissionError):  # it lies in another user's folder: who tries to connect hears so
+        if not path.exists():
+            return None
+    # A part of a model, and what is read where it lies, are brought here faster than the whole is to the daemon.
+    is_part = bool(request.include or request.exclude or request.names is not None)
+    try:
+        image = attach(
+            path,
+            settings,
+            str(name),
+            request.storage_options,
+            offline=offline,
+            local=Path(name.root) if name.scheme == "file" else None,
+            resident_only=is_part or name.scheme == "file",
+        )
+    except DaemonError as exc:
+        report.choices["daemon"] = f"not used: {exc}"
+        return None
+    filling = "" if image.is_full else ", while it was being filled"
+    report.choices["daemon"] = f"attached to an image of the daemon {image.pid}{filling}"
+    return image
 
 
 def _open_disk(request: Request, settings: Settings, name: Name, report: Report) -> DiskTier | None:
@@ -337,7 +404,11 @@ def _open_disk(request: Request, settings: Settings, name: Name, report: Report)
 
 
 async def describe_model(session: Session) -> None:
-    """Learn what the model is: from the origin, or offline from what is remembered."""
+    """Learn what the model is: from the node daemon, from the origin, or offline from what is remembered."""
+    if session.attached is not None:
+        session.manifest = session.attached.manifest
+        session.report.revision = session.attached.revision
+        return
     memory = _Memory(session.disk, session.name.root, session.endpoint)
     if session.origin is not None:
         try:
@@ -439,7 +510,7 @@ async def _describe_published(session: Session, memory: _Memory) -> Manifest:
 def _accept(session: Session, published: Published) -> None:
     """Go on with a revision, if its own policy lets it come here from where it is read."""
     session.access.add(f"model {session.name.model}", published.policy)
-    session.policy, session.bundles = published.policy, published.bundles
+    session.policy, session.bundles, session.base = published.policy, published.bundles, published.base
     if session.origin is not None and isinstance(session.origin.inner, ChunkedOrigin):
         session.origin.inner.serve(published.manifest)
     session.check_access_again()
@@ -479,7 +550,7 @@ def _remember(disk: DiskTier, fresh: Sequence[tuple[str, Shard]], record: ModelR
         for key, shard in fresh:
             disk.records.remember_shard(key, shard)
         disk.records.remember_model(record)
-        disk.records.touch(record.key, time.time())
+        disk.note_use(record.key, time.time())
     except OSError as exc:
         log.warning("what was learned of %s is not remembered: %s", record.uri, exc)
 
@@ -510,6 +581,9 @@ def _patterns(given: Patterns) -> list[str] | None:
 
 def find_wanted(session: Session) -> list[Wanted]:
     """Return the tensors that the request asks for. Raises ConfigError when its patterns leave none."""
+    request, attached = session.request, session.attached
+    if attached is not None and not (request.include or request.exclude or request.order or request.names is not None):
+        return attached.wanted
     wanted = want(session.manifest, wanted_names(session.request))
     if not wanted and (session.request.include or session.request.exclude):
         names = [name for name, _, _ in session.manifest.tensors()]

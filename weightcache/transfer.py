@@ -11,6 +11,7 @@ import contextlib
 import errno
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -25,11 +26,13 @@ from weightcache.manifest import Manifest
 from weightcache.operations import Counters, Crew, HostPlace, Operations, Place
 from weightcache.origins.base import Stat
 from weightcache.origins.local import FileRange, LocalOrigin
+from weightcache.origins.pace import Throttle, throttle
 from weightcache.origins.resilient import Resilient
 from weightcache.planning import Copy, Fetch, Plan, Read, coalesce
 from weightcache.runtime import Runtime, ended
+from weightcache.spans import Slices, Spans
 from weightcache.tiers.disk import DiskTier, WantedChunk
-from weightcache.tiers.host import HeldImage
+from weightcache.tiers.host import SharedImage
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -46,8 +49,11 @@ class Destination(Protocol):
     def batch_bytes(self) -> int:
         """Most bytes of chunks to read together: `place` takes memory for all of them first. 0 is no limit."""
 
-    def place(self, key: ChunkKey) -> Place:
-        """Return where the chunk goes at once when it is read on this node; `arrived` follows, or nothing does."""
+    def place(self, key: ChunkKey) -> Place | None:
+        """Return where the chunk goes at once when it is read on this node; `arrived` follows, or nothing does.
+
+        None: it comes there by itself, with the image that it is taken from.
+        """
 
     def claim(self, keys: Sequence[ChunkKey]) -> list[memoryview]:
         """Return host memory to fetch these chunks into and verify them, each view exactly as long as its chunk."""
@@ -69,6 +75,7 @@ class Tally:
     followed_bytes: int = 0  # of the disk bytes: fetched by another process meanwhile
     n_rotten: int = 0
     counters: Counters = field(default_factory=Counters)
+    spans: Spans = field(default_factory=Spans)
     stored_bytes: int = 0
     unstored_bytes: int = 0  # not kept on disk, which was slower than the origin
     disk_failure: str = ""
@@ -117,27 +124,29 @@ class Transfer:
         origin: Where missing chunks are fetched; None forbids fetching.
         local: The origin as a folder of this machine, when its files are read in place; no chunk is kept then.
         keeping: The disk tier and how it knows this model, or None to neither read nor write it.
-        held: The image in host memory that the plan's copies come from.
+        held: The image in host memory that the plan's copies come from, when they have arrived there.
         destination: Where chunks go.
         threads: This process's.
         crew: Who reads on this node, and the device.
         connections: Most fetches in flight; the origin's own pace decides how many of them.
         wait_for_disk: Let go of a fetched chunk's memory only when it is on disk, for destinations that are not kept.
-        is_background: Nobody waits for it: it asks the origin for nothing while others of this node do.
+        is_awaited: Whether somebody waits for it just now; else it asks the origin for nothing while others of this node do,
+            and for no more than `background` allows.
     """
 
     manifest: Manifest
     origin: Resilient | None
     local: LocalOrigin | None
     keeping: Keeping | None
-    held: HeldImage | None
+    held: SharedImage | None
     destination: Destination
     threads: Runtime
     crew: Crew
     connections: int
     wait_for_disk: bool = False
     tally: Tally = field(default_factory=Tally)
-    is_background: bool = False
+    is_awaited: Callable[[], bool] = lambda: True
+    background: Throttle = field(default_factory=lambda: throttle(0))
     _names: dict[ChunkKey, str] = field(default_factory=dict)  # in flight, of chunks whose first leader was stopped
 
     async def run(self, plan: Plan) -> None:
@@ -172,24 +181,36 @@ class Transfer:
     # -- from this node
 
     async def _copy(self, steps: Sequence[Copy]) -> None:
-        """Copy chunks of an image in host memory."""
-        await self._on_worker(self._copy_together, steps)
-        self.tally.host_bytes += sum(step.nbytes for step in steps)
+        """Copy chunks of an image in host memory, or let them count that lie in their places with it."""
+        assert self.held is not None
+        by_key = {step.key: step for step in steps}
+        async for keys in self.held.arriving(by_key):
+            here = [by_key[key] for key in keys]
+            await self._on_worker(self._copy_together, here)
+            self.tally.host_bytes += sum(step.nbytes for step in here)
 
     def _copy_together(self, steps: Sequence[Copy]) -> None:
         assert self.held is not None
-        operations = Operations()
+        operations, slices, copied = Operations(), Slices(self.tally.spans, "host", "copy"), list[Copy]()
         for step in steps:
-            address = self.held.address + self.held.layout.chunks[step.key]
-            operations.copy(address, step.nbytes, self.destination.place(step.key))
+            place = self.destination.place(step.key)
+            if place is None:
+                self.destination.arrived(step.key)
+            else:
+                operations.copy(self.held.address + self.held.layout.chunks[step.key], step.nbytes, place)
+                copied.append(step)
+        if not copied:
+            return
 
         def arrived(done: Sequence[int]) -> None:
             for index in done:
-                self.destination.arrived(steps[index].key)
+                self.destination.arrived(copied[index].key)
+                slices.add(copied[index].nbytes)
 
         failure = operations.run(self.crew, arrived)
         if failure is not None:
-            raise failure.as_error(f"chunk {steps[failure.index].key[1]} of an image in host memory")
+            raise failure.as_error(f"chunk {copied[failure.index].key[1]} of an image in host memory")
+        slices.end()
 
     async def _read(self, steps: Sequence[Read], group: asyncio.TaskGroup) -> None:
         """Read chunks of the disk tier, and fetch those that turn out lost or rotten."""
@@ -209,9 +230,21 @@ class Transfer:
     def _read_batch(self, steps: Sequence[Read]) -> list[Read]:
         """Read chunks together; returns those that were lost or rotten."""
         assert self.keeping is not None
-        wanted = [WantedChunk(step.digest, step.nbytes, self.destination.place(step.key)) for step in steps]
-        missed = self.keeping.disk.read(wanted, self.crew, lambda index: self.destination.arrived(steps[index].key))
+        wanted = [WantedChunk(step.digest, step.nbytes, self._place(step.key)) for step in steps]
+        slices = Slices(self.tally.spans, "disk", "read")
+
+        def arrived(index: int) -> None:
+            self.destination.arrived(steps[index].key)
+            slices.add(steps[index].nbytes)
+
+        missed = self.keeping.disk.read(wanted, self.crew, arrived)
+        slices.end()
         return [steps[index] for index in missed]
+
+    def _place(self, key: ChunkKey) -> Place:
+        place = self.destination.place(key)
+        assert place is not None, "what comes with an image is only ever copied"
+        return place
 
     async def _heal(self, step: Read) -> None:
         async with self._turn():
@@ -230,9 +263,7 @@ class Transfer:
         for key in (key for step in steps for key in step.keys):
             shard = self.manifest.shards[key[0]]
             chunk = shard.chunks[key[1]]
-            each = FileRange(
-                Stat(shard.path, shard.nbytes, shard.etag), chunk.start, chunk.nbytes, self.destination.place(key)
-            )
+            each = FileRange(Stat(shard.path, shard.nbytes, shard.etag), chunk.start, chunk.nbytes, self._place(key))
             joined = _join(ranges[-1], each) if ranges else None
             if joined:
                 ranges[-1] = joined
@@ -241,17 +272,23 @@ class Transfer:
                 ranges.append(each)
                 members.append([key])
 
+        slices = Slices(self.tally.spans, "origin", "read in place")
+
         def arrived(done: Sequence[int]) -> None:
             for index in done:
                 for key in members[index]:
                     self.destination.arrived(key)
+                slices.add(ranges[index].nbytes)
 
         self.local.read(ranges, self.crew, arrived)
+        slices.end()
 
     # -- from the origin
 
     async def _fetch(self, step: Fetch) -> None:
         """Fetch what no other process is fetching; wait for the rest to appear on disk."""
+        if not self.is_awaited():
+            await asyncio.sleep(self.background.pause_s(step.nbytes))
         async with self._turn():
             led = await self._on_worker(self._lead, step.keys)
             for part in coalesce(self.manifest, led, step.nbytes):
@@ -264,7 +301,7 @@ class Transfer:
     async def _follow(self, key: ChunkKey) -> None:
         assert self.keeping is not None
         flight, name = self.keeping.flight, self._flight_name(key)
-        stamp, n_same = b"", 0
+        stamp, n_same, began = b"", 0, time.perf_counter()
         for _ in range(int(PATIENCE_S / POLL_S)):
             if self._allowed.is_set() and flight.lead(name):
                 self._names[key] = name
@@ -276,6 +313,7 @@ class Transfer:
                 log.info("chunk %d of %s: the process that fetches it is stopped", key[1], self._path(key))
                 name, n_same = f"{name}+", 0  # the first to take this name succeeds it, the others follow
             await asyncio.sleep(POLL_S)
+        self.tally.spans.note("wait", self._path(key), began)
         digest = await self._on_worker(self._digest_on_disk, key)
         chunk = self.manifest.shards[key[0]].chunks[key[1]]
         if digest is not None and not await self._on_worker(self._read_batch, [Read(key, digest, chunk.nbytes)]):
@@ -308,17 +346,16 @@ class Transfer:
             return
         try:
             with contextlib.closing(self.keeping.disk.precedence()) as precedence:
-                if not self.is_background:
-                    self._allowed.set()
-                    while not precedence.take():
-                        await asyncio.sleep(POLL_S)
-                    await asyncio.Event().wait()  # until cancelled
-                while True:
+                while not self.is_awaited():
                     if precedence.is_given():
                         self._allowed.set()
                     else:
                         self._allowed.clear()
                     await asyncio.sleep(POLL_S)
+                self._allowed.set()
+                while not precedence.take():
+                    await asyncio.sleep(POLL_S)
+                await asyncio.Event().wait()  # until cancelled
         except OSError as exc:
             log.warning("prefetches do not wait for loads: %s", exc)
             self._allowed.set()
@@ -328,7 +365,9 @@ class Transfer:
         shard = self.manifest.shards[step.shard]
         stat = Stat(shard.path, shard.nbytes, shard.etag)
         views = await self._on_worker(self.destination.claim, step.keys)
+        began = time.perf_counter()
         await self.origin.read_into(stat, step.start, views)
+        self.tally.spans.note("origin", shard.path, began, step.nbytes)
         self.tally.origin_bytes += step.nbytes
         log.debug("fetched [%d, %d) of %s", step.start, step.stop, shard.path)
         for key, view in zip(step.keys, views, strict=True):
@@ -349,7 +388,9 @@ class Transfer:
                 if not self.origin.discard(stat, chunk.start, chunk.nbytes):
                     raise
             log.warning("bytes [%d, %d) of %s came wrong and are fetched once more", chunk.start, chunk.stop, stat.path)
+            began = time.perf_counter()
             await self.origin.read_into(stat, chunk.start, [view])
+            self.tally.spans.note("origin", stat.path, began, chunk.nbytes)
             self.tally.origin_bytes += chunk.nbytes
 
     def _accept(self, key: ChunkKey, view: memoryview) -> concurrent.futures.Future[None] | None:
@@ -357,11 +398,11 @@ class Transfer:
         shard = self.manifest.shards[key[0]]
         expected = shard.chunks[key[1]].digest
         if self.keeping is None and expected is None:
-            # Nothing is known of it and nothing is kept.
-            self.destination.accept(key, view, self.crew)
-            self.destination.arrived(key)
+            self._hand_on(key, view)  # nothing is known of it and nothing is kept
             return None
+        began = time.perf_counter()
         digest = Digest.of(view)
+        self.tally.spans.note("verify", shard.path, began, len(view))
         if expected not in (None, digest):
             chunk = shard.chunks[key[1]]
             raise IntegrityError(
@@ -378,9 +419,15 @@ class Transfer:
                 write = self.keeping.behind.submit(self._store, key, digest, checksum(view), view)
             else:
                 self.keeping.flight.land(self._flight_name(key))
-        self.destination.accept(key, view, self.crew)
-        self.destination.arrived(key)
+        self._hand_on(key, view)
         return write
+
+    def _hand_on(self, key: ChunkKey, view: memoryview) -> None:
+        began = time.perf_counter()
+        self.destination.accept(key, view, self.crew)
+        if self.crew.target is not None:
+            self.tally.spans.note("device", self._path(key), began, len(view))
+        self.destination.arrived(key)
 
     # -- to disk, behind
 
@@ -390,7 +437,9 @@ class Transfer:
         try:
             if self.tally.disk_failure:
                 return
+            began = time.perf_counter()
             if disk.write(digest, expected, view):
+                self.tally.spans.note("store", self._path(key), began, len(view))
                 disk.learn(shard_key, key[1], digest)
                 self.tally.add_stored(len(view))
                 log.debug("stored chunk %s: %d bytes", digest, len(view))

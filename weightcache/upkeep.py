@@ -5,6 +5,7 @@ Never loads a model; repairs go through the conductor's prefetch.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,12 +15,14 @@ from typing import Any
 import fsspec
 
 from weightcache import cache
-from weightcache.config import read_settings
+from weightcache.config import Settings, read_settings
 from weightcache.digest import Digest
-from weightcache.errors import InUseError, ModelNotFoundError, WeightcacheError, nearest
+from weightcache.errors import DaemonError, InUseError, ModelNotFoundError, WeightcacheError, nearest, of_code
+from weightcache.report import Report
 from weightcache.session import Request
 from weightcache.tiers.disk import DiskTier
 from weightcache.tiers.host import host_tier
+from weightcache.tiers.node import Line, introduction
 from weightcache.tiers.records import ModelRecord
 from weightcache.uri import parse_uri
 
@@ -66,8 +69,8 @@ class Verification:
 
 
 def models() -> list[CachedModel]:
-    """List the models of the disk tier and of this process's host tier, most recently used first."""
-    found = [
+    """List the models of the disk tier, of this process's host tier and of the daemon's, most recently used first."""
+    found = _models_of_daemon() + [
         CachedModel(
             uri=held.uri,
             endpoint="",
@@ -80,8 +83,14 @@ def models() -> list[CachedModel]:
         )
         for held in host_tier.images()
     ]
-    if not read_settings().dir.exists():
-        return sorted(found, key=lambda model: -model.last_use_s)
+    if read_settings().dir.exists():
+        found += disk_models()
+    return sorted(found, key=lambda model: -model.last_use_s)
+
+
+def disk_models() -> list[CachedModel]:
+    """List the models of the disk tier. Raises ModelNotFoundError where there is none."""
+    found: list[CachedModel] = []
     with _disk() as disk:
         leased = disk.leased()
         for record in disk.records.models():
@@ -99,7 +108,20 @@ def models() -> list[CachedModel]:
                     in_use=record.key in leased,
                 )
             )
-    return sorted(found, key=lambda model: -model.last_use_s)
+    return found
+
+
+def _models_of_daemon() -> list[CachedModel]:
+    try:
+        state = status()
+    except DaemonError:
+        return []
+    names = ("uri", "tier", "bytes", "total_bytes", "last_use_s", "pinned")
+    return [
+        CachedModel(endpoint="", in_use=each["n_leases"] > 0, **{name: each[name] for name in names})
+        for each in state["models"]
+        if each["tier"] == "host"
+    ]
 
 
 def verify(*, deep: bool, repair: bool, storage_options: Mapping[str, Any]) -> Verification:
@@ -149,15 +171,77 @@ def _repair(
     result.unrepaired = [str(digest) for digest in bad if digest not in here]
 
 
+def disk_use() -> tuple[int, int]:
+    """Return the bytes used of the disk tier, and its budget. Raises ModelNotFoundError where there is none."""
+    with _disk() as disk:
+        return disk.used_bytes(), disk.budget_bytes
+
+
+def status() -> dict[str, Any]:
+    """Ask the node daemon for its state; see `weightcache.status`."""
+    settings = read_settings()
+    with _line(settings) as line:
+        state = line.ask("status", **introduction(settings))["state"]
+    assert isinstance(state, dict)
+    return state
+
+
+def warm(request: Request, tier: str, until_s: float | None) -> Report:
+    """Have the node daemon bring a model to a tier; see `weightcache.warm`."""
+    settings = read_settings()
+    progress = request.progress
+
+    def on_wait(beat: Mapping[str, Any]) -> None:
+        if progress is not None and (told := beat.get("progress")):
+            progress(told[0], told[1])
+
+    with _line(settings) as line:
+        asked = {"uri": _name(request.uri), "options": dict(request.storage_options), "tier": tier}
+        until = {} if until_s is None else {"until_s": until_s}
+        return Report.from_dict(line.ask("warm", on_wait, **asked, **until, **introduction(settings))["report"])
+
+
+def has_daemon() -> bool:
+    """Tell whether a node daemon answers."""
+    try:
+        with _line(read_settings()):
+            return True
+    except DaemonError:
+        return False
+
+
+@contextmanager
+def _line(settings: Settings) -> Iterator[Line]:
+    """Connect to the node daemon for the length of the block. Raises DaemonError."""
+    if settings.socket_path is None:
+        raise DaemonError('there is no daemon to ask: socket is "none"')
+    line = Line(settings.socket_path)
+    try:
+        yield line
+    except DaemonError as exc:
+        raise of_code(str(exc.facts.get("code", "")), str(exc)) from exc
+    finally:
+        line.close()
+
+
 def evict(uri: str) -> int:
-    """Remove a model from this process's host tier and from the disk tier; see `weightcache.evict`."""
+    """Remove a model from host memory, the daemon's and this process's, and from disk; see `weightcache.evict`."""
+    settings, freed = read_settings(), 0
+    if has_daemon():
+        with contextlib.suppress(ModelNotFoundError), _line(settings) as line:
+            freed = int(line.ask("evict", uri=_name(uri), **introduction(settings))["freed_bytes"])
+    return freed + evict_here(uri, or_none=freed > 0)
+
+
+def evict_here(uri: str, *, or_none: bool = False) -> int:
+    """Remove a model from this process's host tier and from the disk tier."""
     name = _name(uri)
     is_held = any(held.uri == name for held in host_tier.images())
-    if is_held and not read_settings().dir.exists():
+    if (is_held or or_none) and not read_settings().dir.exists():
         return host_tier.drop(name)
     freed = 0
     with _disk() as disk:
-        for record in _find(disk, uri, or_none=is_held):
+        for record in _find(disk, uri, or_none=is_held or or_none):
             if record.pinned:
                 raise InUseError(f"{record.uri} is pinned: unpin it first", uri=record.uri)
             if record.key in disk.leased():

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from weightcache.arrival import Arrival, Counter
-from weightcache.delivery import Where, account, counter_of, hold_image, home_for, is_attached, move, transfer_of
+from weightcache.delivery import Where, account, counter_of, hold_image, home_for, move, transfer_of
 from weightcache.digest import Digest
 from weightcache.layout import ChunkKey, Wanted, windows
 from weightcache.modelfiles import missing_file_keys
 from weightcache.session import Session, chunks_of, decide, describe_model, find_wanted, look
-from weightcache.tiers.host import HeldImage
+from weightcache.tiers.host import SharedImage
 from weightcache.transfer import first_of
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Windows:
         self._session = session
         self._where = where
         self._with_files = with_files
-        self._held: HeldImage | None = None
+        self._held: SharedImage | None = None
         self._stored: set[Digest] = set()
         self._described = threading.Event()
         self._is_described = False
@@ -94,7 +94,7 @@ class Windows:
                 self.wanted = find_wanted(session)
                 self._held = await hold_image(session, self.wanted, self._where.landing)
                 file_keys = missing_file_keys(session) if self._with_files else []
-                keys = [*([] if is_attached(self._held, self._where) else chunks_of(self.wanted)), *file_keys]
+                keys = [*chunks_of(self.wanted), *file_keys]
                 self._stored = look(session, keys)
                 counter = counter_of(session, keys)
                 self._is_described = True
@@ -118,15 +118,12 @@ class Windows:
         session, where, held = self._session, self._where, self._held
         home = await session.threads.on_worker(home_for, session, window, where, held)
         owner: list[Arrival] = []
-        keys = [*([] if is_attached(held, where) else chunks_of(window)), *file_keys]
+        keys = [*chunks_of(window), *file_keys]
         arrived = self._arrived
         arrival = Arrival(session, home, keys, counter, lambda index: arrived.put((owner[0], index)))
         owner.append(arrival)
         try:
             arrival.begin()
-            if is_attached(held, where):
-                for index in range(len(home.tensors)):
-                    arrived.put((arrival, index))
             plan = decide(session, keys, self._stored, held.layout.chunks if held else ())
             await move(session, transfer_of(session, arrival, where.landing, held), plan)
             self.files.update(arrival.files)

@@ -151,6 +151,23 @@ def test_load_reports_as_one_json_object(model: Path, answer: Answer) -> None:
     assert "config.json" in found["files"]
 
 
+def test_load_is_written_as_a_trace_and_as_a_page(model: Path, answer: Answer, tmp_path: Path) -> None:
+    trace, page = tmp_path / "load.json", tmp_path / "load.html"
+    found = answer("load", model, "--cache", "disk", "--device", "cpu", "--trace", trace, "--report", page)
+    assert "spans" not in found
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {"stage", "origin", "verify", "store"} <= {event.get("cat") for event in events}
+    assert f"<h1>{model}</h1>" in page.read_text()
+
+
+@pytest.mark.parametrize("option", ["--trace", "--report"])
+def test_file_that_cannot_be_written_is_known_before_the_load(model: Path, run_here: Run, option: str) -> None:
+    ran = run_here("load", model, "--cache", "disk", option, model / "no-such-folder" / "file")
+    assert ran.returncode == 2
+    assert "no-such-folder" in ran.stderr
+    assert weightcache.models() == []
+
+
 def test_report_in_a_pipe_is_plain_text_without_progress(model: Path) -> None:
     ran = run("prefetch", model)
     assert (ran.returncode, ran.stderr) == (0, "")

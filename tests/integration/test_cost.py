@@ -26,7 +26,7 @@ PRICES = '[prices."127.0.0.1"]\negress_usd_per_gb = 1.0\nget_usd_per_1000 = 2.0\
 def hosted(tmp_path: Path, bucket: Bucket, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Hosted:
     """Four tensors of 1 MiB, each a chunk and a request, and a configuration."""
     monkeypatch.setenv("WEIGHTCACHE_RANGE_BYTES", "1MiB")
-    monkeypatch.setattr(meters, "_counters", {})
+    monkeypatch.setattr(meters, "_numbers", {})
     (tmp_path / "model").mkdir()
     models.write_safetensors(tmp_path / "model" / "model.safetensors", LAYERS)
     (tmp_path / "model" / "config.json").write_text("{}")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from cache_folder import chunk_files, flip_byte
 from hosted import Hosted, host
+from nodes import Node
 from reference import assert_same, raw, tensors_of
 from servers import Bucket, Proxy
 from standin import StandIn, build_standin
@@ -24,6 +25,7 @@ import weightcache
 from weightcache import delivery, windows
 from weightcache.errors import CapacityError, ConfigError, DeviceError, OriginChangedError
 from weightcache.layout import DEVICE_ALIGNMENT_NBYTES
+from weightcache.report import Report
 from weightcache.tiers import device as devices
 from weightcache.tiers.host import host_tier
 
@@ -101,6 +103,19 @@ def test_a_bucket_comes_to_the_device_and_to_disk_and_from_there_again(
         assert "through the ring" in model.report.choices["to the device"]
 
 
+def test_what_comes_to_the_device_is_noted(standin: StandIn, hosted: Hosted, no_images: None) -> None:
+    with weightcache.load_model(hosted.url, "cuda:0", storage_options=hosted.options) as cold:
+        cold.wait_stored()
+    assert nbytes_of(cold.report, "device") >= cold.report.tensor_bytes
+    weightcache.prefetch(hosted.url, tier="host", storage_options=hosted.options)
+    with weightcache.load_model(hosted.url, "cuda:0", storage_options=hosted.options) as hot:
+        assert nbytes_of(hot.report, "host") == hot.report.bytes["host"] > 0
+
+
+def nbytes_of(report: Report, lane: str) -> int:
+    return sum(span.nbytes for span in report.spans.noted() if span.lane == lane)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_an_image_in_host_memory_comes_to_the_device(standin: StandIn, folder: Path, mode: str) -> None:
     standin.configure(f"mode={mode},seed=3")
@@ -112,6 +127,23 @@ def test_an_image_in_host_memory_comes_to_the_device(standin: StandIn, folder: P
             assert (model.report.bytes["origin"], model.report.bytes["disk"]) == (0, 0)
             ways.append(model.report.choices["to the device"].partition(" bytes ")[2])
     assert ways == ["through the ring", "from registered memory", "from registered memory"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_daemon_s_image_comes_to_the_device_also_while_it_is_being_filled(
+    standin: StandIn, hosted: Hosted, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    standin.configure(f"mode={mode},seed=3")
+    monkeypatch.setenv("WEIGHTCACHE_CONFIG", "")  # which the node sets
+    with Node():
+        for _ in range(2):
+            with weightcache.load_model(hosted.url, "cuda:0", storage_options=hosted.options) as model:
+                assert_same(model, hosted.tensors)
+                assert model.report.choices["daemon"].startswith("attached")
+                assert "through the ring" in model.report.choices["to the device"]
+                assert (model.report.bytes["origin"], model.report.bytes["disk"]) == (0, 0)
+        got = weightcache.stream(hosted.url, "cuda:0", storage_options=hosted.options)
+        assert_same(dict(got), hosted.tensors)
 
 
 def test_a_rotten_chunk_is_fetched_again_on_the_way(standin: StandIn, hosted: Hosted, tmp_path: Path) -> None:

@@ -537,6 +537,31 @@ def test_the_report_is_json_with_every_stage(url: str, options: Options) -> None
     assert told["seconds"].keys() == STAGES
 
 
+def test_every_byte_that_moves_is_noted_in_its_lane(url: str, options: Options) -> None:
+    with weightcache.load_model(url, "cpu", storage_options=options) as cold:
+        cold.wait_stored()
+    with weightcache.load_model(url, "cpu", storage_options=options) as warm:
+        warm.wait_stored()
+    noted = [lane_bytes(model.report.as_dict(n_spans=1000)) for model in (cold, warm)]
+    origin, stored, disk = cold.report.bytes["origin"], cold.report.stored_bytes, warm.report.bytes["disk"]
+    assert noted == [{"stage": 0, "origin": origin, "verify": origin, "store": stored}, {"stage": 0, "disk": disk}]
+    assert min(origin, stored, disk) > 0
+
+
+def lane_bytes(report: dict[str, Any]) -> dict[str, int]:
+    lanes: dict[str, int] = {}
+    for lane, _, start_s, stop_s, nbytes in report["spans"]:
+        assert 0 <= start_s <= stop_s
+        lanes[lane] = lanes.get(lane, 0) + nbytes
+    return lanes
+
+
+def test_a_local_folder_in_place_is_noted(folder: Path) -> None:
+    with weightcache.load_model(folder, "cpu") as model:
+        noted = lane_bytes(model.report.as_dict(n_spans=1000))
+    assert noted == {"stage": 0, "origin": model.report.bytes["origin"]}
+
+
 def test_a_process_that_ends_after_its_load_has_stored_everything(
     layers: Path, layers_url: str, options: Options, cache: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from servers import Bucket, Proxy, S3Server
 
 import weightcache
 from weightcache import errors
+from weightcache.measurements import Measurements
+from weightcache.tiers.disk import DiskTier
 
 MIB = 1 << 20
 WEIGHTS = r"\.safetensors(\?|$)"
@@ -317,6 +320,30 @@ def related(folders: list[Path]) -> list[Path]:
     write_safetensors(base / "model-00001.safetensors", shared)
     shutil.copy(base / "model-00001.safetensors", tuned)
     return [base, tuned]
+
+
+def test_how_fast_a_cold_load_came_is_remembered_of_its_place(
+    url: str, cache: Path, options: Options, proxy: Proxy, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weightcache.session.MEASURED_FROM_NBYTES", 1)
+    fill(url, storage_options=options)
+    known = Measurements(cache).of(f"{proxy.endpoint}/{bucket.name}").bytes_per_s
+    assert known is not None
+    assert known > 0
+    fill(url, storage_options=options)
+    assert Measurements(cache).of(f"{proxy.endpoint}/{bucket.name}").bytes_per_s == known  # nothing came from there
+
+
+def test_a_load_is_a_use(folder: Path, cache: Path) -> None:
+    before = time.time()
+    fill(folder)
+    disk = DiskTier(cache)
+    try:
+        [record] = disk.records.models()
+        [used_s] = disk._uses(record.key)
+    finally:
+        disk.close()
+    assert before - 1 <= used_s <= time.time()
 
 
 def test_equal_chunks_of_two_models_are_kept_once(related: list[Path], cache: Path) -> None:

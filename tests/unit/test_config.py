@@ -14,7 +14,7 @@ from weightcache.errors import ConfigError
 from weightcache.residency import Policy, Site
 from weightcache.stores import Replica, Store
 
-TABLES = ("prices", "policy", "stores")
+TABLES = ("prices", "policy", "stores", "daemon", "warm")
 N_ENVIRONMENT_NAMES = 12  # as the design allows
 
 
@@ -69,7 +69,7 @@ def test_every_setting_is_read_from_the_environment(home: dict[str, str]) -> Non
         "range_bytes": ("1048576", MIB),
         "threads": ("64", 64),
         "request_timeout_s": ("0.25", 0.25),
-        "timeout_s": ("1e3", 1000.0),
+        "socket": ("/run/weightcache/socket", "/run/weightcache/socket"),
         "node": ("aws/eu-central-1/EU", Site("aws", "eu-central-1", "eu")),
     }
     environment = {f"WEIGHTCACHE_{name.upper()}": text for name, (text, _) in values.items()}
@@ -80,7 +80,7 @@ def test_every_setting_is_read_from_the_environment(home: dict[str, str]) -> Non
 def test_every_setting_but_tables_can_be_set_in_the_environment(home: dict[str, str]) -> None:
     n_names = 1  # WEIGHTCACHE_CONFIG
     for field in dataclasses.fields(Settings):
-        value = "//eu" if field.name == "node" else "1"
+        value = {"node": "//eu", "socket": "none"}.get(field.name, "1")
         given = {**home, f"WEIGHTCACHE_{field.name.upper()}": value} | {"WEIGHTCACHE_RANGE_BYTES": "1MiB"}
         if field.name in (*TABLES, *FILE_ONLY):
             with pytest.raises(ConfigError, match=r"unknown setting|in the configuration file"):
@@ -156,9 +156,10 @@ def test_unknown_name_in_the_file_is_an_error_with_the_nearest(home: dict[str, s
         ("disk_budget_bytes", "much"),
         ("disk_budget_bytes", "5 XB"),
         ("request_timeout_s", "nan"),
-        ("timeout_s", "inf"),
-        ("timeout_s", "-1"),
-        ("timeout_s", "soon"),
+        ("request_timeout_s", "inf"),
+        ("request_timeout_s", "-1"),
+        ("request_timeout_s", "soon"),
+        ("socket", "here"),
     ],
 )
 def test_value_that_cannot_be_honoured_is_an_error(home: dict[str, str], name: str, value: str) -> None:

@@ -26,7 +26,6 @@ from weightcache.origins.replicas import (
     N_FAILURES,
     PROBE_S,
     SLOW_FOR_S,
-    TRIAL_S,
     Member,
     Replicas,
 )
@@ -544,7 +543,6 @@ def test_one_that_was_never_measured_is_tried_where_much_is_left_to_read() -> No
 
     from_a, from_b = run(work())[0]  # type: ignore[misc]
     assert from_b > 2 * from_a
-    assert TRIAL_S < SLOW_FOR_S
 
 
 # -- what was measured

@@ -15,6 +15,7 @@ from weightcache import errors
 from weightcache.cli.completion import completion
 from weightcache.cli.config import config
 from weightcache.cli.cost import cost
+from weightcache.cli.daemon import daemon, ps, status, warm
 from weightcache.cli.doctor import doctor
 from weightcache.cli.load import load, plan, prefetch, pull
 from weightcache.cli.options import output_options
@@ -52,7 +53,7 @@ Exit codes:
     5  format of the model            12  in use
     6  integrity                      13  residency
    14  signature                      15  conflict
-  130  interrupted
+   16  daemon                        130  interrupted
 
 Settings come from the environment (WEIGHTCACHE_DIR, WEIGHTCACHE_OFFLINE, ...) and ~/.config/weightcache.toml.
 """
@@ -75,6 +76,7 @@ class Root(click.Group):
     commands=[
         *(load, pull, prefetch, plan),
         *(publish, tags, revisions, tag, diff, rm, gc, check, replicate, keygen, sign, trust, audit),
+        *(daemon, status, ps, warm),
         *(ls, verify, evict, pin, unpin, cost, config, doctor, completion),
     ],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any
 
 import click
 
@@ -21,6 +22,8 @@ from weightcache.cli.options import (
 )
 from weightcache.cli.output import Output, count, show_table, size, usd
 
+FILE = click.File("w", encoding="utf-8", lazy=False)  # at once: what cannot be written is known before the load
+
 
 @click.command()
 @uri_argument
@@ -29,6 +32,8 @@ from weightcache.cli.output import Output, count, show_table, size, usd
     "--artefacts", metavar="FOLDER", help="Place compiled code there that a revision carries for this machine."
 )
 @click.option("--dtype", help="Convert floating-point tensors: bfloat16, float16, float32 or float64.")
+@click.option("--trace", type=FILE, help="Write what happened when as a trace, for ui.perfetto.dev.")
+@click.option("--report", type=FILE, help="Write a page with the load's waterfall and its bottleneck.")
 @include_option
 @exclude_option
 @cache_option
@@ -37,19 +42,25 @@ from weightcache.cli.output import Output, count, show_table, size, usd
 @storage_option
 @output_options
 @click.pass_obj
-def load(output: Output, /, uri: str, device: str, **options: Any) -> None:
+def load(
+    output: Output, /, uri: str, device: str, trace: IO[str] | None, report: IO[str] | None, **options: Any
+) -> None:
     """Load a model and report where the time went.
 
     Waits until everything that was fetched is on disk.
 
-    Example: weightcache load s3://bucket/llama-3-8b --device cuda:0
+    Example: weightcache load s3://bucket/llama-3-8b --device cuda:0 --report load.html
     """
     with output.progress("load") as progress:
         model = weightcache.load_model(uri, device, progress=progress, **options)
     with model:
         model.wait_stored()
         facts = {**model.report.as_dict(), "files": sorted(model.files)}
-    output.result(facts, lambda: _show_report(facts))
+    if trace is not None:
+        json.dump(model.report.trace(), trace)
+    if report is not None:
+        report.write(model.report.html())
+    output.result(facts, lambda: show_report(facts))
 
 
 @click.command()
@@ -68,7 +79,7 @@ def pull(output: Output, /, uri: str, folder: str, **options: Any) -> None:
     """
     with output.progress("pull") as progress:
         facts = weightcache.pull(uri, folder, progress=progress, **options).as_dict()
-    output.result(facts, lambda: _show_report(facts))
+    output.result(facts, lambda: show_report(facts))
 
 
 @click.command()
@@ -85,12 +96,12 @@ def prefetch(output: Output, /, uri: str, tier: str, **options: Any) -> None:
     """
     if tier == "host":
         raise weightcache.errors.ConfigError(
-            "tier='host': host memory is kept by the process that loads, and this command ends: prefetch to 'disk', or "
-            "call weightcache.prefetch(uri, tier='host') there"
+            "tier='host': host memory is kept by a process, and this command ends: use weightcache warm with a daemon, "
+            "prefetch to 'disk', or call weightcache.prefetch(uri, tier='host') in the process that loads"
         )
     with output.progress("prefetch") as progress:
         facts = weightcache.prefetch(uri, tier, progress=progress, **options).as_dict()
-    output.result(facts, lambda: _show_report(facts))
+    output.result(facts, lambda: show_report(facts))
 
 
 @click.command()
@@ -112,7 +123,8 @@ def plan(output: Output, /, uri: str, **options: Any) -> None:
     output.result(facts, lambda: _show_plan(facts))
 
 
-def _show_report(facts: Mapping[str, Any]) -> None:
+def show_report(facts: Mapping[str, Any]) -> None:
+    """Print a report's plain values."""
     seconds = dict(facts["seconds"])
     total_s = seconds.pop("total")
     rows = [

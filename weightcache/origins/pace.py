@@ -54,8 +54,8 @@ def loop_time() -> float:
 
 
 @cache
-def throttle(bytes_per_s: int) -> Throttle:
-    """Return the one throttle of this process for a rate."""
+def throttle(bytes_per_s: int, purpose: str = "") -> Throttle:
+    """Return the one throttle of this process for a rate and a purpose."""
     return Throttle(bytes_per_s, time.monotonic)
 
 

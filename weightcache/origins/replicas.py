@@ -445,8 +445,10 @@ class Replicas:
         others = [
             each for each in self.members if each is not member and each.is_healthy(now) and not each.is_slow(now)
         ]
+        if not others or member.is_slow(now):
+            return  # who was left and is asked nevertheless has what nobody else has
         expected = min(self._most_bytes_per_s, max([known, *(each.bytes_per_s or 0.0 for each in others)]))
-        if others and rate <= SLOW_SHARE * expected:  # silence is slow, whatever is expected
+        if rate <= SLOW_SHARE * expected:  # silence is slow, whatever is expected
             log.warning(
                 "replica %s of %s gives %.1f MB/s, expected %.1f MB/s: it is left for another",
                 member.name,

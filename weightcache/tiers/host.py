@@ -5,22 +5,27 @@ Never frees memory that a tensor still lies in: the memory lives as long as anyt
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
 import threading
-from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 from weightcache import _engine, machine
-from weightcache.errors import CapacityError
+from weightcache.errors import CapacityError, ImageLostError
 from weightcache.layout import PAGE_NBYTES, ChunkKey, Layout, Placement, pages
 from weightcache.operations import Crew, HostPlace, address_of
+from weightcache.tiers.eviction import Resident, Uses, choose_victims, used_again
 
 CHECKED_FROM_NBYTES = 64 << 20  # asking costs 0.2 ms; memory of a few chunks is there, or the next image is refused
 HUGE_PAGE_NBYTES = 2 << 20
 REGISTERED_NBYTES = 1 << 30  # at once: a longer registration holds up other users of the device
 LEAST_REGISTERED_NBYTES = 256 << 20
+ASSUMED_DISK_BYTES_PER_S = 2e9  # from which an image that left comes back
+N_PAST = 1000
+LOOK_S = 0.002  # how soon a chunk that arrived is seen by those who wait for it
 NO_ROOM = (errno.ENOMEM, errno.ENOSPC)
 
 ImageMemory = _engine.Memory | _engine.SharedMemory
@@ -86,17 +91,73 @@ def image_bytes(layout: Layout) -> int:
     return pages(layout.nbytes) or PAGE_NBYTES
 
 
-class HeldImage:
-    """An image that this process keeps: frozen, so that nobody writes into it, and mapped anew for each who wants it."""
+class SharedImage:
+    """An image that loads take tensors from, also while it is being filled.
 
-    def __init__(self, uri: str, revision: str, layout: Layout, memory: _engine.SharedMemory) -> None:
-        memory.freeze()
+    Attributes:
+        uri: The model.
+        revision: Its state.
+        layout: What lies where.
+        nbytes: Its size.
+        there: 1 for each chunk, in the layout's order, that lies in its place.
+        failure: Why it will never be full; empty while it may.
+    """
+
+    def __init__(self, uri: str, revision: str, layout: Layout, nbytes: int) -> None:
         self.uri = uri
         self.revision = revision
         self.layout = layout
-        self.nbytes = memory.nbytes
+        self.nbytes = nbytes
+        self.there = bytearray(len(layout.chunks))
+        self.failure = ""
+        self.numbers = {key: number for number, key in enumerate(layout.chunks)}
+
+    @property
+    def is_full(self) -> bool:
+        return all(self.there)
+
+    @property
+    def address(self) -> int:
+        raise NotImplementedError
+
+    def attach(self) -> _engine.SealedMemory:
+        """Map it for somebody who may write into it: each page that is written becomes their own."""
+        raise NotImplementedError
+
+    def pages(self) -> str:
+        """Say in which pages it lies, and why."""
+        raise NotImplementedError
+
+    async def arriving(self, keys: Iterable[ChunkKey]) -> AsyncIterator[list[ChunkKey]]:
+        """Yield chunks when they lie in their places, those that do already at once. Raises ImageLostError."""
+        left = {key: self.numbers[key] for key in keys}
+        while left:
+            failure = self.failure  # read first: what arrived before it counts
+            here = [key for key, number in left.items() if self.there[number]]
+            for key in here:
+                del left[key]
+            if here:
+                yield here
+            elif failure:
+                raise ImageLostError(f"the image of {self.uri} is not being filled any more: {failure}", uri=self.uri)
+            else:
+                await asyncio.sleep(LOOK_S)
+
+    async def wait(self, keys: Iterable[ChunkKey]) -> None:
+        """Wait until chunks lie in their places. Raises ImageLostError."""
+        async for _ in self.arriving(keys):
+            pass
+
+
+class HeldImage(SharedImage):
+    """An image that this process fills and keeps; each who wants it maps it anew. Nobody else can ever write into it."""
+
+    def __init__(self, uri: str, revision: str, layout: Layout, memory: _engine.SharedMemory) -> None:
+        super().__init__(uri, revision, layout, memory.nbytes)
         self.last_use_s = 0.0
-        self.n_users = 0  # loads that copy from it, and models attached to it; changed under the tier's lock
+        self.uses: Uses = ()
+        self.n_users = 0  # who fills it, loads that copy from it, and models attached; changed under the tier's lock
+        self.n_uses = 0
         self._memory = memory
         self.lock = threading.Lock()  # of what follows
         self._n_loads = 0
@@ -109,12 +170,23 @@ class HeldImage:
     def address(self) -> int:
         return self._memory.address
 
+    @property
+    def fd(self) -> int:
+        return self._memory.fd
+
+    def arrived(self, key: ChunkKey) -> None:
+        """Hear that a chunk, and every tensor that is complete with it, lies in its place. From any thread."""
+        self.there[self.numbers[key]] = 1
+
+    def freeze(self) -> None:
+        """Let nobody write into it any more, now that it is full."""
+        self._memory.freeze()
+
     def pages(self) -> str:
         return f"shared, in pages of {shared_pages(self._memory)}"
 
     def attach(self) -> _engine.SealedMemory:
-        """Map it for somebody who may write into it: each page that is written becomes their own."""
-        return _engine.SealedMemory(self._memory.fd, self.nbytes, own=True)
+        return _engine.SealedMemory(self._memory.fd, self.nbytes, partial=not self.is_full)
 
     def lock_for(
         self,
@@ -174,66 +246,89 @@ class HeldImage:
 
 
 class AttachedImage:
-    """A held image as one load sees it: all tensors lie in their places already, and may be written."""
+    """A shared image as one load sees it: all tensors come to lie in their places by themselves, and may be written."""
 
-    def __init__(self, held: HeldImage, wanted: Container[str]) -> None:
-        self.tensors = tuple(placed for placed in held.layout.tensors if placed.name in wanted)
-        self.memory: _engine.SealedMemory | _engine.Memory = held.attach()
-        self._pages = held.pages()
-        if not self.memory.is_private:  # no reserved page is left for one that is written
-            copied = allocate(held.nbytes)
-            memoryview(copied)[: held.nbytes] = memoryview(self.memory)
-            self.memory = copied
-            self._pages = "private, copied from a shared image: no reserved page is left for those that are written"
-
-    def pages(self) -> str:
-        return self._pages
+    def __init__(self, shared: SharedImage, wanted: Container[str]) -> None:
+        self.tensors = tuple(placed for placed in shared.layout.tensors if placed.name in wanted)
+        self.memory = shared.attach()
+        self.pages = shared.pages
 
 
 class HostTier:
-    """The images this process keeps, by model, within a budget; least recently used leave. Thread-safe."""
+    """The images this process keeps, by model, within a budget; the least valuable leave. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._images: dict[str, HeldImage] = {}
-        self._promised_bytes = 0  # to images that are being filled
+        self._former: list[HeldImage] = []  # of states that are no longer kept, but in use
+        self._past: dict[str, Uses] = {}  # of models that are no longer kept
+        self._promised_bytes = 0  # to images that are being made
+        self.until_s: dict[str, float] = {}  # by URI: until when it stays, used or not; 0 is for ever
 
     def hold(self, model: str, revision: str, keys: Iterable[ChunkKey], now_s: float) -> HeldImage | None:
         """Return the image of a model in this state if it holds all these chunks; `let_go` of it afterwards."""
         with self._lock:
             held = self._images.get(model)
-            if held is None or held.revision != revision or not all(key in held.layout.chunks for key in keys):
+            if (
+                held is None
+                or held.failure
+                or held.revision != revision
+                or not all(key in held.layout.chunks for key in keys)
+            ):
                 return None
-            held.last_use_s = now_s
-            held.n_users += 1
+            self._use(held, now_s)
             return held
+
+    def hold_again(self, held: HeldImage, now_s: float) -> bool:
+        """Hold an image once more; False where it is no longer kept."""
+        with self._lock:
+            is_kept = not held.failure and any(each is held for each in self._images.values())
+            if is_kept:
+                self._use(held, now_s)
+            return is_kept
+
+    @staticmethod
+    def _use(held: HeldImage, now_s: float) -> None:
+        held.last_use_s = now_s
+        held.uses = used_again(held.uses, now_s)
+        held.n_users += 1
+        held.n_uses += 1
 
     def let_go(self, held: HeldImage) -> None:
         with self._lock:
             held.n_users -= 1
+            if not held.n_users and held in self._former:
+                self._former.remove(held)
 
     @contextlib.contextmanager
-    def room(self, nbytes: int, budget_bytes: int) -> Iterator[None]:
-        """Have room for an image for the length of the block, dropping idle ones. Raises CapacityError.
+    def room(self, nbytes: int, budget_bytes: int, now_s: float) -> Iterator[None]:
+        """Have room to make and keep an image, dropping idle ones. Raises CapacityError.
 
-        An image in use never leaves, and none leaves where that would not suffice.
+        An image in use, or that is to stay, never leaves, and none leaves where that would not suffice.
         """
         with self._lock:
-            idle = sorted(
-                (held for held in self._images.values() if not held.n_users), key=lambda each: each.last_use_s
-            )
-            over = sum(held.nbytes for held in self._images.values()) + self._promised_bytes + nbytes - budget_bytes
-            if over > sum(held.nbytes for held in idle):
+            residents = [
+                Resident(
+                    model,
+                    frozenset(),
+                    held.last_use_s,
+                    uses=held.uses,
+                    held=held.n_users > 0 or self.stays(held.uri, now_s),
+                    own_bytes=held.nbytes,
+                    bytes_per_s=ASSUMED_DISK_BYTES_PER_S,
+                )
+                for model, held in self._images.items()
+            ]
+            over = self._used_bytes() + self._promised_bytes + nbytes - budget_bytes
+            if over > sum(resident.own_bytes for resident in residents if not resident.held):
                 raise CapacityError(
                     f"no room for an image of {nbytes} bytes within the host budget of {budget_bytes}, of which "
                     f"{budget_bytes + over - nbytes} are in use or kept: evict models, or raise host_budget_bytes",
                     wanted_bytes=nbytes,
                     budget_bytes=budget_bytes,
                 )
-            gone: list[HeldImage] = []
-            while over > sum(held.nbytes for held in gone):
-                gone.append(idle.pop(0))
-            self._images = {key: held for key, held in self._images.items() if held not in gone}
+            victims = choose_victims(residents, {}, over, now_s).victims
+            gone = [self._forget(victim.key) for victim in victims]
             self._promised_bytes += nbytes
         try:
             for held in gone:
@@ -243,26 +338,73 @@ class HostTier:
             with self._lock:
                 self._promised_bytes -= nbytes
 
-    def keep(self, model: str, held: HeldImage) -> None:
-        """Keep an image, in place of the one of another state of its model."""
+    def stays(self, uri: str, now_s: float) -> bool:
+        """Tell whether a model is to stay, used or not."""
+        until_s = self.until_s.get(uri)
+        return until_s is not None and (not until_s or now_s < until_s)
+
+    def keep(self, model: str, held: HeldImage, now_s: float) -> HeldImage:
+        """Keep an image that its caller is going to fill, in place of the one of another state of its model.
+
+        Returns the image that is kept: another's, if that is of the same state. The caller uses it: `let_go` of it
+        when it is full, or `give_up`.
+        """
         with self._lock:
             before = self._images.get(model)
+            if before is not None and not before.failure and before.revision == held.revision:
+                self._use(before, now_s)
+                return before
             self._images[model] = held
+            held.last_use_s = now_s
+            held.uses = used_again(before.uses if before is not None else self._past.pop(model, ()), now_s)
+            held.n_users += 1
+            if before is not None and before.n_users:
+                self._former.append(before)
         if before is not None:
             before.close()
+        return held
 
-    def drop(self, uri: str) -> int:
+    def give_up(self, held: HeldImage, why: str) -> None:
+        """Keep an image no longer that will never be full; who waits for it is told."""
+        held.failure = why
+        with self._lock:
+            for model in [model for model, each in self._images.items() if each is held]:
+                self._forget(model)
+        held.close()
+
+    def drop(self, uri: str, *, idle_only: bool = False) -> int:
         """Drop the images of a model. Returns the bytes they had; tensors taken from them stay valid."""
         with self._lock:
-            gone = [self._images.pop(key) for key, held in list(self._images.items()) if held.uri == uri]
+            gone = [
+                self._forget(model)
+                for model, held in list(self._images.items())
+                if held.uri == uri and not (idle_only and held.n_users)
+            ]
+            self._former += [held for held in gone if held.n_users]
         for held in gone:
             held.close()
         return sum(held.nbytes for held in gone)
+
+    def _forget(self, model: str) -> HeldImage:
+        """Keep an image no longer, but remember for a while how it was used."""
+        held = self._images.pop(model)
+        self._past[model] = held.uses
+        while len(self._past) > N_PAST:
+            del self._past[next(iter(self._past))]
+        return held
 
     def images(self) -> list[HeldImage]:
         """Return what is kept now."""
         with self._lock:
             return list(self._images.values())
+
+    def used_bytes(self) -> int:
+        """Return the size of all images, those of former states that are in use included."""
+        with self._lock:
+            return self._used_bytes()
+
+    def _used_bytes(self) -> int:
+        return sum(held.nbytes for held in (*self._images.values(), *self._former))
 
     def after_fork_in_child(self) -> None:
         """Renew the locks: who held them stayed in the parent."""
@@ -277,8 +419,7 @@ os.register_at_fork(after_in_child=host_tier.after_fork_in_child)
 
 def host_budget_bytes(setting: int) -> int:
     """Return the budget of the host tier: as set, else half of what this process could have beside what is kept."""
-    kept = sum(held.nbytes for held in host_tier.images())
-    return setting or (machine.memory_available_bytes() + kept) // 2
+    return setting or (machine.memory_available_bytes() + host_tier.used_bytes()) // 2
 
 
 def keep_freed(setting: int) -> None:
@@ -329,7 +470,7 @@ def allocate(nbytes: int, numa_node: int = machine.UNKNOWN_NODE) -> _engine.Memo
 
 
 def allocate_shared(nbytes: int, name: str, numa_node: int = machine.UNKNOWN_NODE) -> _engine.SharedMemory:
-    """Reserve memory that other processes can map once it is sealed. Raises CapacityError."""
+    """Reserve memory that other processes can map to be read. Raises CapacityError."""
     try:
         memory = _engine.SharedMemory(nbytes, name, numa_node)
     except OSError as exc:
