@@ -49,7 +49,7 @@ SERVER_MEMORY = "6GiB"
 # Imports, waits for a line, loads, tells, waits for the end.
 CLIENT = """if True:
     import json, sys, time
-    import torch, weightcache, weightcache.cache, weightcache.tensors, weightcache.tiers.device
+    import torch, uvloop, weightcache, weightcache.cache, weightcache.tensors, weightcache.tiers.device
 
     def anonymous():
         status = open("/proc/self/status").read()

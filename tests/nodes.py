@@ -178,7 +178,7 @@ def exactly(sock: socket.socket, nbytes: int) -> bytes:
     return content
 
 
-def wait_until(is_so: Callable[[], bool], timeout_s: float = 30.0) -> None:
+def wait_until(is_so: Callable[[], object], timeout_s: float = 30.0) -> None:
     """Wait until something is so. Raises TimeoutError."""
     deadline = time.monotonic() + timeout_s
     while not is_so():

@@ -216,7 +216,7 @@ def test_another_user_is_served_if_he_is_named(start: Callable[..., Node], is_al
     )
     os.close(folder)
     assert ran.stdout == f"{is_allowed}\n", ran.stderr
-    assert node.state()["n_refused"] == (0 if is_allowed else 1)
+    wait_until(lambda: node.state()["n_refused"] == (0 if is_allowed else 1))
 
 
 def test_a_quota_of_prefetches_is_kept(hosted: Hosted, tmp_path: Path) -> None:

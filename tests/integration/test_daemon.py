@@ -104,7 +104,7 @@ def test_processes_that_load_one_cold_model_at_once_cost_the_origin_one(node: No
         results = [client.result() for client in loading]
         assert {result["tensors"] for result in results} == {fingerprint(hosted.tensors)}
         assert all(result["report"]["bytes"]["origin"] == 0 for result in results)
-        assert node.images()[hosted.url]["n_leases"] == 4
+        wait_until(lambda: node.images()[hosted.url]["n_leases"] == 4)
         assert {client.end() for client in loading} == {fingerprint(hosted.tensors)}
     assert hosted.served_bytes() <= 1.01 * hosted.nbytes
 
@@ -228,7 +228,7 @@ def test_a_fork_keeps_what_its_parent_attached(node: Node, hosted: Hosted) -> No
 
 def test_a_lease_lasts_as_long_as_the_model_is_open(node: Node, hosted: Hosted) -> None:
     with load(hosted):
-        assert node.images()[hosted.url]["n_leases"] == 1
+        wait_until(lambda: node.images()[hosted.url]["n_leases"] == 1)
     wait_until(lambda: node.images()[hosted.url]["n_leases"] == 0)
 
 
@@ -236,7 +236,7 @@ def test_a_killed_client_s_lease_is_gone(node: Node, hosted: Hosted) -> None:
     client = ClientProcess(hosted.url, hosted.options)
     with clients(client):
         client.result()
-        assert node.images()[hosted.url]["n_leases"] == 1
+        wait_until(lambda: node.images()[hosted.url]["n_leases"] == 1)
         client.kill()
         wait_until(lambda: node.images()[hosted.url]["n_leases"] == 0, 5.0)
 
@@ -245,7 +245,7 @@ def test_tensors_stay_valid_when_the_model_is_closed_and_the_image_evicted(node:
     with load(hosted) as model:
         kept = dict(model)
     assert weightcache.evict(hosted.url) > 0
-    assert node.images() == {}
+    wait_until(lambda: node.images() == {})
     assert_same(kept, hosted.tensors)
 
 
@@ -337,7 +337,7 @@ def test_what_is_expected_is_fetched_before_it_is_asked_for(
 def test_what_nobody_uses_is_demoted(start: Callable[..., Node], hosted: Hosted) -> None:
     node = start('[daemon]\nhttp = ""\nidle_host = "1s"\n')
     with load(hosted):
-        assert node.images()
+        wait_until(lambda: hosted.url in node.images())
     wait_until(lambda: not node.images())
     assert [each["what"] for each in node.state()["decisions"]] == ["demote"]
     hosted.proxy.reset()
@@ -349,6 +349,7 @@ def test_what_nobody_uses_is_demoted(start: Callable[..., Node], hosted: Hosted)
 def test_what_is_to_stay_is_not_demoted_before_its_time(start: Callable[..., Node], hosted: Hosted) -> None:
     node = start('[daemon]\nhttp = ""\nidle_host = "0.2s"\n')
     weightcache.warm(hosted.url, until_s=4.0, storage_options=hosted.options)
+    wait_until(lambda: node.images()[hosted.url]["until_s"])
     until_s = node.images()[hosted.url]["until_s"]
     wait_until(lambda: not node.images())
     assert node.state()["now_s"] >= until_s
@@ -386,7 +387,7 @@ def test_the_command_warms(node: Node, hosted: Hosted) -> None:
     options = [word for key, value in hosted.options.items() for word in ("--storage-option", f"{key}={value}")]
     ran = _run("warm", hosted.url, "--until", "10m", *options)
     assert ran.returncode == 0, ran.stderr
-    assert node.images()[hosted.url]["until_s"]
+    wait_until(lambda: node.images()[hosted.url]["until_s"])
 
 
 @pytest.mark.parametrize("arguments", [("status",), ("ps",), ("warm", "s3://bucket/model")])

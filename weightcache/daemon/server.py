@@ -12,6 +12,7 @@ import errno
 import fnmatch
 import hmac
 import logging
+import math
 import os
 import socket
 import time
@@ -38,6 +39,7 @@ MOST_CLIENTS = 2000
 FIRST_WORD_S = 5.0  # a client that connects and says nothing is let go
 WRITE_S = 10.0  # a client that does not read is let go
 TELL_S = 0.01  # how often those who wait for an image hear what has arrived
+STATE_S = 0.05  # how old a state may be that is told: it takes a few milliseconds to put together
 DAY_S = 86400.0
 WHOEVER = ClientClass("whoever", "")
 
@@ -74,6 +76,7 @@ class Server:
         self._residents = residents
         self._state = state
         self._evict = evict
+        self._told: dict[str, tuple[float, bytes]] = {}  # by class: when, and the state as it was told last
         self._prefetched: dict[str, tuple[float, int]] = {}  # by class: since when, and how many bytes
         self._described: dict[str, bytes] = {}  # by revision
         self.clients: set[Client] = set()
@@ -85,7 +88,7 @@ class Server:
     def reread(self, settings: Settings) -> None:
         """Take other settings from now on. Raises DaemonError for a token that cannot be read; all stays then."""
         tokens = [(read_token(each.token_file), each) for each in settings.daemon.clients]
-        self._tokens, self._settings = tokens, settings
+        self._tokens, self._settings, self._told = tokens, settings, {}
         self._rules, self._surroundings = rules_of(settings), read_surroundings()
 
     async def serve(self, listening: socket.socket) -> None:
@@ -305,13 +308,21 @@ class Server:
 
     async def _tell_state(self, client: Client, message: Mapping[str, Any]) -> None:
         its_class = self._class_of(message)
+        told_s, answer = self._told.get(its_class.name, (-math.inf, b""))
+        if time.monotonic() - told_s > STATE_S:
+            answer = encode({"ok": True, "state": self._state_for(its_class)})
+            self._told[its_class.name] = time.monotonic(), answer
+        await self._send(client, answer)
+
+    def _state_for(self, its_class: ClientClass) -> dict[str, Any]:
+        """Return what a class of clients may know of the state."""
         state = dict(self._state())
         state["loads"] = [{**load, "report": {**load["report"], "spans": []}} for load in state["loads"]]
         for part in ("models", "transfers", "loads", "decisions", "forecast"):
             state[part] = [
                 each for each in state[part] if _may_have(its_class, each.get("uri") or each["report"]["uri"])
             ]
-        await self._send(client, encode({"ok": True, "state": state}))
+        return state
 
     async def _hear_report(self, client: Client, message: Mapping[str, Any]) -> None:
         report = message["report"]

@@ -13,6 +13,7 @@ import os
 import socket
 import struct
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,18 @@ from weightcache.daemon.wire import (
 )
 from weightcache.digest import Digest
 from weightcache.errors import DaemonError, FormatError
+from weightcache.header import TensorEntry
 from weightcache.layout import ChunkKey, Layout, Wanted, carry, lay_out, lay_out_in_place, want
-from weightcache.manifest import Manifest, check_path, check_paths, read_text, shard_from_json, shard_to_json
+from weightcache.manifest import (
+    Manifest,
+    Shard,
+    check_path,
+    check_paths,
+    check_shard,
+    read_text,
+    shard_from_json,
+    shard_to_json,
+)
 from weightcache.runtime import collection_paused
 from weightcache.tiers.host import SharedImage
 
@@ -338,11 +349,20 @@ def describe(manifest: Manifest) -> bytes:
 
 
 def _read_manifest(form: Any, revision: str) -> Manifest:
-    shards = tuple(
-        shard_from_json(each, path=check_path(read_text(path)), prefix=read_text(prefix)) for path, prefix, each in form
-    )
+    """Read a manifest that the daemon has validated tensor by tensor; here the shards are, whose tensors must lie in them."""
+    shards = tuple(_read_shard(check_path(read_text(path)), read_text(prefix), each) for path, prefix, each in form)
     check_paths(shard.path for shard in shards)
     return Manifest(shards, Digest.parse(revision))
+
+
+def _read_shard(path: str, prefix: str, form: Any) -> Shard:
+    bare = shard_from_json({**form, "tensors": []}, path=path, prefix=prefix)
+    tensors = tuple(
+        TensorEntry(name, dtype, tuple(shape), start, stop) for name, dtype, shape, start, stop in form["tensors"]
+    )
+    shard = replace(bare, tensors=tensors)
+    check_shard(shard)
+    return shard
 
 
 def _lay_out(manifest: Manifest, wanted: Iterable[Wanted], files_at: Any, *, is_padded: bool) -> Layout:
