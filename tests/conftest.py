@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from nodes import Node
 from servers import Bucket, HttpServer, Proxy, S3Server
 
 # Each run draws the same cases; `pytest --hypothesis-profile=default` draws new ones.
@@ -50,6 +51,19 @@ def http_folder() -> Iterator[Callable[[Path], HttpServer]]:
         yield lambda folder: servers.enter_context(HttpServer(folder))
 
 
+@pytest.fixture
+def start() -> Iterator[Callable[..., Node]]:
+    """Start the daemon of this test's cache folder: `start(configuration)`."""
+    with ExitStack() as nodes:
+        yield lambda configuration="": nodes.enter_context(Node(configuration))
+
+
+@pytest.fixture
+def node(start: Callable[..., Node]) -> Node:
+    """The daemon of this test's cache folder."""
+    return start()
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Point the cache at tmp_path and hide the developer's settings and credentials."""
@@ -57,6 +71,7 @@ def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         if name.startswith(("AWS_", "WEIGHTCACHE_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("WEIGHTCACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("WEIGHTCACHE_CONFIG", "")  # which a node sets
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

@@ -224,7 +224,8 @@ def stream(request: Request, device: str | torch.device) -> Iterator[tuple[str, 
             windows_ahead.close()
             session.settle()
             session.release()
-        request = replace(request, takes_images=False, names=frozenset(left), include=None, exclude=None)
+        order = [name for name in request.order if name in left]
+        request = replace(request, takes_images=False, names=frozenset(left), include=None, exclude=None, order=order)
 
 
 def _bring_converted(

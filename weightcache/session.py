@@ -312,7 +312,10 @@ def open_session(request: Request, report: Report, *, may_attach: bool = False) 
         raise UriError(f"{name} names a store: expected one of its models, as in {name}/llama-3-8b@v1", uri=str(name))
     offline = settings.offline if request.offline is None else request.offline
     threads = runtime(settings.threads)
-    attached = _attach(request, settings, name, offline, report) if may_attach and request.takes_images else None
+    until_s = time.monotonic() + (settings.timeout_s or math.inf)
+    attached = (
+        _attach(request, settings, name, offline, until_s, report) if may_attach and request.takes_images else None
+    )
     disk = _open_disk(request, settings, name, report) if attached is None else None
     keep_freed(settings.host_budget_bytes)
     session = Session(
@@ -325,7 +328,7 @@ def open_session(request: Request, report: Report, *, may_attach: bool = False) 
         origin=None,
         local=Path(name.root) if name.scheme == "file" and not name.model else None,
         disk=disk,
-        deadline=threads.loop.time() + settings.timeout_s if settings.timeout_s else None,
+        deadline=threads.loop.time() + until_s - time.monotonic() if settings.timeout_s else None,
         behind=Behind(threads.writers) if disk is not None else None,
         attached=attached,
     )
@@ -354,7 +357,9 @@ def open_session(request: Request, report: Report, *, may_attach: bool = False) 
     return session
 
 
-def _attach(request: Request, settings: Settings, name: Name, offline: bool, report: Report) -> NodeImage | None:
+def _attach(
+    request: Request, settings: Settings, name: Name, offline: bool, until_s: float, report: Report
+) -> NodeImage | None:
     """Attach to the image that the node daemon has of a model, or begins to fill; None where it does not."""
     path = settings.socket_path
     if path is None or request.cache != "auto":
@@ -373,6 +378,7 @@ def _attach(request: Request, settings: Settings, name: Name, offline: bool, rep
             offline=offline,
             local=Path(name.root) if name.scheme == "file" else None,
             resident_only=is_part or name.scheme == "file",
+            until_s=until_s,
         )
     except DaemonError as exc:
         report.choices["daemon"] = f"not used: {exc}"

@@ -196,7 +196,7 @@ def warm(request: Request, tier: str, until_s: float | None) -> Report:
             progress(told[0], told[1])
 
     with _line(settings) as line:
-        asked = {"uri": _name(request.uri), "options": dict(request.storage_options), "tier": tier}
+        asked: dict[str, Any] = {"uri": _name(request.uri), "options": dict(request.storage_options), "tier": tier}
         until = {} if until_s is None else {"until_s": until_s}
         return Report.from_dict(line.ask("warm", on_wait, **asked, **until, **introduction(settings))["report"])
 

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,29 +40,9 @@ def hosted(tmp_path: Path, bucket: Bucket, proxy: Proxy) -> Hosted:
 
 
 @pytest.fixture(autouse=True)
-def own_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Ask for each tensor by itself, and forget the configuration that a node was started with."""
+def small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask for each tensor by itself."""
     monkeypatch.setenv("WEIGHTCACHE_RANGE_BYTES", "2MiB")
-    yield
-    os.environ.pop("WEIGHTCACHE_CONFIG", None)
-
-
-@pytest.fixture
-def start() -> Iterator[Callable[..., Node]]:
-    nodes: list[Node] = []
-
-    def begin(configuration: str = "") -> Node:
-        nodes.append(Node(configuration))
-        return nodes[-1]
-
-    yield begin
-    for node in nodes:
-        node.__exit__()
-
-
-@pytest.fixture
-def node(start: Callable[..., Node]) -> Node:
-    return start()
 
 
 def load(hosted: Hosted, **arguments: object) -> LoadedModel:
@@ -98,9 +78,10 @@ def test_a_load_goes_on_by_itself_when_the_daemon_does_not(node: Node, hosted: H
     hosted.proxy.release()
 
 
-def test_a_stream_goes_on_with_what_is_left(node: Node, hosted: Hosted) -> None:
+@pytest.mark.parametrize("order", [(), ("layer.0.weight", "layer.7.weight")])
+def test_a_stream_goes_on_with_what_is_left(node: Node, hosted: Hosted, order: Sequence[str]) -> None:
     hosted.proxy.script("GET .*safetensors", "ok ok ok hold")
-    tensors = weightcache.stream(hosted.url, "cpu", storage_options=hosted.options)
+    tensors = weightcache.stream(hosted.url, "cpu", order=order, storage_options=hosted.options)
     got = [next(tensors)]
     node.kill()
     hosted.proxy.release()
@@ -121,6 +102,13 @@ def test_a_stopped_daemon_is_not_waited_for(node: Node, hosted: Hosted) -> None:
     with load(hosted) as model:
         assert "is silent" in model.report.choices["daemon"]
         assert_same(model, hosted.tensors)
+
+
+def test_a_load_s_deadline_holds_while_the_daemon_waits_for_the_origin(node: Node, hosted: Hosted) -> None:
+    hosted.proxy.script("GET", "stall " * 50)
+    with pytest.raises(errors.DeadlineError):
+        load(hosted, timeout_s=2.0)
+    node.kill()  # which would wait for the origin
 
 
 def test_an_origin_that_fails_the_daemon_is_asked_by_the_load_itself(node: Node, hosted: Hosted) -> None:

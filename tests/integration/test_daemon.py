@@ -9,7 +9,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import models
@@ -43,27 +43,6 @@ def hosted(tmp_path: Path, bucket: Bucket, proxy: Proxy) -> Hosted:
     (folder / "config.json").write_text('{"model_type": "test"}')
     (folder / "empty.txt").touch()
     return host(folder, bucket, proxy)
-
-
-@pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Node]]:
-    """Start the daemon of this test's cache folder: `start(configuration)`."""
-    monkeypatch.delenv("WEIGHTCACHE_CONFIG", raising=False)
-    nodes: list[Node] = []
-
-    def begin(configuration: str = "") -> Node:
-        nodes.append(Node(configuration))
-        return nodes[-1]
-
-    yield begin
-    for node in nodes:
-        node.__exit__()
-    os.environ.pop("WEIGHTCACHE_CONFIG", None)
-
-
-@pytest.fixture
-def node(start: Callable[..., Node]) -> Node:
-    return start()
 
 
 def load(hosted: Hosted, device: str = "cpu", **arguments: object) -> LoadedModel:

@@ -131,10 +131,9 @@ def test_an_image_in_host_memory_comes_to_the_device(standin: StandIn, folder: P
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_daemon_s_image_comes_to_the_device_also_while_it_is_being_filled(
-    standin: StandIn, hosted: Hosted, monkeypatch: pytest.MonkeyPatch, mode: str
+    standin: StandIn, hosted: Hosted, mode: str
 ) -> None:
     standin.configure(f"mode={mode},seed=3")
-    monkeypatch.setenv("WEIGHTCACHE_CONFIG", "")  # which the node sets
     with Node():
         for _ in range(2):
             with weightcache.load_model(hosted.url, "cuda:0", storage_options=hosted.options) as model:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import os
 import socket
 import struct
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -99,14 +101,24 @@ class Line:
             raise DaemonError(f"user {uid} answers on {self.path}, whose folder is another's: not believed")
 
     def ask(
-        self, op: str, on_wait: Callable[[Mapping[str, Any]], None] = lambda beat: None, **message: Any
+        self,
+        op: str,
+        on_wait: Callable[[Mapping[str, Any]], None] = lambda beat: None,
+        until_s: float = math.inf,
+        **message: Any,
     ) -> dict[str, Any]:
         """Ask for something, and return the daemon's answer. Raises DaemonError, which a refusal is, too.
 
-        `on_wait` is told what the daemon says while the caller waits.
+        Args:
+            op: What.
+            on_wait: Told what the daemon says while the caller waits.
+            until_s: When waiting ends, by `time.monotonic`.
+            message: The rest of the request.
         """
         self.send(op, **message)
         while "wait" in (answer := self.receive()):
+            if time.monotonic() > until_s:
+                raise DaemonError(f"the daemon on {self.path} did not answer within the time allowed")
             on_wait(answer)
         return answer
 
@@ -291,6 +303,7 @@ def attach(
     offline: bool,
     local: Path | None,
     resident_only: bool,
+    until_s: float,
 ) -> NodeImage:
     """Attach to the image of a model that the node daemon has, or begins to fill.
 
@@ -302,6 +315,7 @@ def attach(
         offline: Whether the origin must not be asked.
         local: The folder that it is, if it is one of this machine.
         resident_only: Fill none for this.
+        until_s: When waiting for an image to attach to ends, by `time.monotonic`.
 
     Raises:
         DaemonError: Nobody answers, or he refuses; this process goes on by itself.
@@ -311,6 +325,7 @@ def attach(
     try:
         answer = line.ask(
             "attach",
+            until_s=until_s,
             uri=uri,
             options=dict(options),
             offline=offline,
