@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import shutil
@@ -168,5 +169,5 @@ def nobody() -> Iterator[None]:
 def test_load_goes_on_by_itself_where_the_socket_is_another_user_s(tmp_path: Path, nobody: None) -> None:
     report, name = Report("s3://bucket/model"), parse_uri("s3://bucket/model", ["s3"], "/")
     settings = Settings(dir=tmp_path, socket=str(tmp_path / "daemon.sock"))
-    assert session._attach(session.Request(str(name)), settings, name, False, report) is None
+    assert session._attach(session.Request(str(name)), settings, name, False, math.inf, report) is None
     assert report.choices["daemon"].endswith("(Permission denied): start it with weightcache daemon")

@@ -104,7 +104,7 @@ class Line:
         self,
         op: str,
         on_wait: Callable[[Mapping[str, Any]], None] = lambda beat: None,
-        until_s: float = math.inf,
+        patient_until_s: float = math.inf,
         **message: Any,
     ) -> dict[str, Any]:
         """Ask for something, and return the daemon's answer. Raises DaemonError, which a refusal is, too.
@@ -112,12 +112,12 @@ class Line:
         Args:
             op: What.
             on_wait: Told what the daemon says while the caller waits.
-            until_s: When waiting ends, by `time.monotonic`.
+            patient_until_s: When waiting ends, by `time.monotonic`.
             message: The rest of the request.
         """
         self.send(op, **message)
         while "wait" in (answer := self.receive()):
-            if time.monotonic() > until_s:
+            if time.monotonic() > patient_until_s:
                 raise DaemonError(f"the daemon on {self.path} did not answer within the time allowed")
             on_wait(answer)
         return answer
@@ -325,7 +325,7 @@ def attach(
     try:
         answer = line.ask(
             "attach",
-            until_s=until_s,
+            patient_until_s=until_s,
             uri=uri,
             options=dict(options),
             offline=offline,
