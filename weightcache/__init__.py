@@ -9,7 +9,7 @@ torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from weightcache.cache import PlannedLoad
+    from weightcache.cache import PlannedLoad, TensorStream
     from weightcache.checking import RegistryCheck
     from weightcache.comparing import Difference
     from weightcache.config import Configuration
@@ -145,13 +145,13 @@ def stream(
     storage_options: Mapping[str, Any] | None = None,
     timeout_s: float | None = None,
     progress: Progress | None = None,
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> TensorStream:
     """Yield (name, tensor) as tensors arrive, verified, in no fixed order.
 
     The model comes in groups of tensors of some 256 MiB, or of one larger tensor, two at a time: that is what is held
     beside the tensors that the caller keeps. A yielded tensor stays valid as long as it is held, and keeps its group's
     memory. Arguments and errors are those of `load_model`; an error may come after some tensors were yielded. Leaving
-    the loop early stops the transfer.
+    the loop early stops the transfer. The iterator's `report` says where the bytes came from, and when.
 
     Args:
         order: Names of the tensors whose groups come first, in this order, as an earlier run used them; the others follow
@@ -160,7 +160,7 @@ def stream(
     from weightcache import cache as conductor
 
     request = _request(uri, include, exclude, cache, offline, storage_options, timeout_s, progress)
-    return conductor.stream(replace(request, order=tuple(order)), device)
+    return conductor.TensorStream(replace(request, order=tuple(order)), device)
 
 
 def load_into(
@@ -265,6 +265,7 @@ def pull(
     uri: str | os.PathLike[str],
     folder: str | os.PathLike[str],
     *,
+    weights: bool = True,
     cache: str = "auto",
     offline: bool | None = None,
     storage_options: Mapping[str, Any] | None = None,
@@ -274,13 +275,17 @@ def pull(
     """Write all files of a model, those in other weight formats included, bit for bit into a folder.
 
     Each file appears whole or not at all, and replaces what had its name.
+
+    Args:
+        weights: False leaves the weights out: configuration, tokenizer and code as data, for stacks that want a folder of
+            them beside weights from here.
     """
     from pathlib import Path
 
     from weightcache import cache as conductor
 
     request = _request(uri, None, None, cache, offline, storage_options, timeout_s, progress)
-    return conductor.pull(request, Path(folder))
+    return conductor.pull(request, Path(folder), weights=weights)
 
 
 def plan(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -144,17 +144,7 @@ def _load(request: Request, report: Report, device: str | torch.device, dtype: s
     report.device = str(where.chosen)
     report.n_tensors = len(tensors)
     report.tensor_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    log.info(
-        "loaded %s: %d tensors, %d bytes in %.3f s (%.2f GB/s; origin %d, disk %d, host %d)",
-        report.uri,
-        report.n_tensors,
-        report.tensor_bytes,
-        report.total_s,
-        report.gb_per_s,
-        report.bytes["origin"],
-        report.bytes["disk"],
-        report.bytes["host"],
-    )
+    _log_load("loaded", report)
     session.tell()
     return LoadedModel(tensors, files, report, session.release, wait_stored)
 
@@ -201,9 +191,32 @@ async def _bring(session: Session, where: Where) -> Arrival:
         await session.close_origin()
 
 
-def stream(request: Request, device: str | torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield tensors as they arrive; see `weightcache.stream`."""
-    report, revision, left = Report(uri=request.uri), None, set[str]()
+class TensorStream:
+    """A model's tensors on their way; see `weightcache.stream`. Not thread-safe.
+
+    Attributes:
+        report: What is known of the load so far; whole when the last tensor was yielded.
+    """
+
+    def __init__(self, request: Request, device: str | torch.device) -> None:
+        self.report = Report(uri=request.uri)
+        self._tensors = _stream(request, device, self.report)
+
+    def __iter__(self) -> TensorStream:
+        return self
+
+    def __next__(self) -> tuple[str, torch.Tensor]:
+        return next(self._tensors)
+
+    def close(self) -> None:
+        """Stop the transfer. May be called twice."""
+        self._tensors.close()
+
+
+def _stream(
+    request: Request, device: str | torch.device, report: Report
+) -> Generator[tuple[str, torch.Tensor], None, None]:
+    revision, left = None, set[str]()
     while True:
         session, where = open_for(request, device, report)
         windows_ahead = Windows(session, where)
@@ -212,11 +225,15 @@ def stream(request: Request, device: str | torch.device) -> Iterator[tuple[str, 
             if revision not in (None, session.manifest.revision):
                 raise OriginChangedError(f"{session.name} changed while it was streamed; stream again")
             revision, left = session.manifest.revision, left or names
+            report.device = str(where.chosen)
             for wanted, tensor in windows_ahead:
                 given = [(wanted.name, tensor)]  # popped: nothing here holds on to what the user lets go
                 left.discard(wanted.name)
+                report.n_tensors += 1
+                report.tensor_bytes += tensor.nbytes
                 del tensor
                 yield given.pop()
+            _log_load("streamed", report)
             return
         except ImageLostError as exc:
             fall_back(report, f"going on without it: {exc}")
@@ -226,6 +243,21 @@ def stream(request: Request, device: str | torch.device) -> Iterator[tuple[str, 
             session.release()
         order = [name for name in request.order if name in left]
         request = replace(request, takes_images=False, names=frozenset(left), include=None, exclude=None, order=order)
+
+
+def _log_load(did: str, report: Report) -> None:
+    log.info(
+        "%s %s: %d tensors, %d bytes in %.3f s (%.2f GB/s; origin %d, disk %d, host %d)",
+        did,
+        report.uri,
+        report.n_tensors,
+        report.tensor_bytes,
+        report.total_s,
+        report.gb_per_s,
+        report.bytes["origin"],
+        report.bytes["disk"],
+        report.bytes["host"],
+    )
 
 
 def _bring_converted(
@@ -481,15 +513,16 @@ def base_of(session: Session) -> str:
     return session.base if "://" in session.base or not (session.base and root) else f"{root}/{session.base}"
 
 
-def pull(request: Request, folder: Path) -> Report:
+def pull(request: Request, folder: Path, *, weights: bool) -> Report:
     """Write a model's files, bit for bit; see `weightcache.pull`."""
     report = Report(uri=request.uri)
     with report.stage("open"):
         session = open_session(request, report)
 
+    roles = (Role.FILE, Role.WEIGHTS, Role.FOREIGN) if weights else (Role.FILE,)
+
     def names() -> dict[int, str]:
-        shards = enumerate(session.manifest.shards)
-        return {index: shard.path for index, shard in shards if shard.role is not Role.ARTEFACT}
+        return {index: shard.path for index, shard in enumerate(session.manifest.shards) if shard.role in roles}
 
     _pull(session, folder, names)
     return report

@@ -274,6 +274,15 @@ def test_stream_equals_load(folder: Path, url: str, options: Options) -> None:
     assert_same(dict(weightcache.stream(url, "cpu", storage_options=options)), tensors_of(folder))
 
 
+def test_a_stream_reports_as_a_load_does(folder: Path, url: str, options: Options) -> None:
+    stream = weightcache.stream(url, "cpu", storage_options=options)
+    came, report = dict(stream), stream.report
+    assert (report.n_tensors, report.device) == (len(came), "cpu")
+    assert report.tensor_bytes == sum(tensor.nbytes for tensor in came.values())
+    assert report.bytes["origin"] >= report.tensor_bytes
+    assert {"describe", "move"} <= report.seconds.keys()
+
+
 def test_a_stream_comes_in_the_order_that_is_wanted(
     layers: Path, layers_url: str, options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,7 +304,7 @@ def test_a_stream_left_early_stops_the_transfer(
     proxy.script("GET .*" + WEIGHTS, "ok ok " + "hold " * len(LAYERS))
     stream = weightcache.stream(layers_url, "cpu", storage_options=options)
     next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     proxy.release()
     assert proxy.body_bytes(WEIGHTS) < len(LAYERS) * LAYER_BYTES
 
@@ -303,7 +312,7 @@ def test_a_stream_left_early_stops_the_transfer(
 def test_a_load_after_a_stream_left_early_is_whole(layers: Path, layers_url: str, options: Options) -> None:
     stream = weightcache.stream(layers_url, "cpu", storage_options=options)
     next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     with weightcache.load_model(layers_url, "cpu", storage_options=options) as model:
         assert_same(model, tensors_of(layers))
 
@@ -311,7 +320,7 @@ def test_a_load_after_a_stream_left_early_is_whole(layers: Path, layers_url: str
 def test_a_streamed_tensor_outlives_the_stream(layers: Path, layers_url: str, options: Options) -> None:
     stream = weightcache.stream(layers_url, "cpu", storage_options=options)
     name, tensor = next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     del stream
     gc.collect()
     assert raw(tensor) == raw(tensors_of(layers)[name])
@@ -438,6 +447,17 @@ def motley(folder: Path) -> Path:
 def test_pull_writes_every_file_bit_for_bit(motley: Path, bucket: Bucket, tmp_path: Path, options: Options) -> None:
     weightcache.pull(bucket.upload(motley, "motley"), tmp_path / "pulled", storage_options=options)
     assert contents(tmp_path / "pulled") == contents(motley)
+
+
+def test_pull_without_weights_writes_what_lies_beside_them(
+    motley: Path, bucket: Bucket, tmp_path: Path, options: Options
+) -> None:
+    url, target = bucket.upload(motley, "motley"), tmp_path / "pulled"
+    report = weightcache.pull(url, target, weights=False, storage_options=options)
+    weights = (".safetensors", ".bin", ".gguf", ".onnx")
+    beside = {name: content for name, content in contents(motley).items() if not name.endswith(weights)}
+    assert contents(target) == beside
+    assert report.bytes["origin"] == sum(map(len, beside.values()))
 
 
 def test_pull_replaces_what_had_a_files_name(motley: Path, bucket: Bucket, tmp_path: Path, options: Options) -> None:

@@ -66,19 +66,20 @@ def load(
 @click.command()
 @uri_argument
 @click.argument("folder")
+@click.option("--no-weights", is_flag=True, help="Only what lies beside the weights: configuration, tokenizer, code.")
 @cache_option
 @offline_option
 @timeout_option
 @storage_option
 @output_options
 @click.pass_obj
-def pull(output: Output, /, uri: str, folder: str, **options: Any) -> None:
+def pull(output: Output, /, uri: str, folder: str, no_weights: bool, **options: Any) -> None:
     """Write all files of a model, bit for bit, into a folder.
 
     Example: weightcache pull s3://bucket/llama-3-8b ./llama
     """
     with output.progress("pull") as progress:
-        facts = weightcache.pull(uri, folder, progress=progress, **options).as_dict()
+        facts = weightcache.pull(uri, folder, weights=not no_weights, progress=progress, **options).as_dict()
     output.result(facts, lambda: show_report(facts))
 
 
