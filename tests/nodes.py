@@ -95,6 +95,10 @@ class Node:
         """Return what is in host memory, by URI."""
         return {model["uri"]: model for model in self.state()["models"] if model["tier"] == "host"}
 
+    def image(self, uri: str) -> dict[str, Any]:
+        """Return what is said of a model in host memory; nothing where it is not, or is not told of yet."""
+        return self.images().get(uri, {})
+
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
