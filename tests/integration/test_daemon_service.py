@@ -23,7 +23,7 @@ from nodes import Node
 from prometheus_client.parser import text_string_to_metric_families
 
 import weightcache
-from weightcache import session
+from weightcache import errors, session
 from weightcache.config import Settings
 from weightcache.report import Report
 from weightcache.uri import parse_uri
@@ -131,7 +131,7 @@ def test_socket_of_systemd_is_served_and_left_where_it_is(
         while state is None:  # a client waits no longer than it would without a daemon
             try:
                 state = weightcache.status()
-            except weightcache.DaemonError:
+            except errors.DaemonError:
                 assert process.poll() is None, (tmp_path / "log").read_text()
         assert (state["socket"], state["pid"]) == (str(path), process.pid)
         manager.hears("READY")
