@@ -34,6 +34,7 @@ PART = re.compile(r"<!-- (?P<event>.+?) -->|```(?P<kind>console|toml|python)\n(?
 NAMES = re.compile(r"(?:blake3|ed25519):[0-9a-f]{64}|\b[0-9a-f]{16}\b")
 # What differs from machine to machine, and from run to run.
 VOLATILE = (
+    (r", slow just now\b", ""),  # as a busy machine may find it
     (r"^choice of (memory|read|files|price) .*\n", ""),
     (r"^(time|speed|requests|asked of \S+) .*$", r"\1"),
     (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", "TIME"),
