@@ -6,6 +6,7 @@ one by one, each verified).
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -488,7 +489,8 @@ def keep_in_host(
                 await move(session, transfer, plan)
                 await session.threads.on_worker(held.freeze)
         except BaseException as exc:
-            host_tier.give_up(held, str(exc) or type(exc).__name__)
+            is_broken_off = isinstance(exc, asyncio.CancelledError)
+            host_tier.give_up(held, "it was broken off" if is_broken_off else str(exc) or type(exc).__name__)
             raise
         finally:
             host_tier.let_go(held)

@@ -35,6 +35,8 @@ class Runtime:
         self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
         self.workers = concurrent.futures.ThreadPoolExecutor(n_workers, "weightcache-worker")
         self.writers = concurrent.futures.ThreadPoolExecutor(N_WRITERS, "weightcache-writer")
+        self._under_way: set[asyncio.Task[None]] = set()  # the loop thread's, as is what follows
+        self._is_stopped = False
         self._thread = threading.Thread(target=self._serve, name="weightcache-loop", daemon=True)
         self._thread.start()
 
@@ -47,7 +49,13 @@ class Runtime:
         if threading.current_thread() is self._thread:
             coroutine.close()
             raise RuntimeError("weightcache was called from its own loop thread")
-        return Job(self.loop, coroutine)
+        return Job(self.loop, coroutine, self._enter)
+
+    def _enter(self, task: asyncio.Task[None]) -> None:
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        if self._is_stopped:
+            task.cancel()
 
     def submit(self, work: Callable[..., T], *arguments: object) -> tuple[concurrent.futures.Future[None], list[T]]:
         """Have a worker thread do work. Returns its future, and a list that holds the result when that is done."""
@@ -80,6 +88,21 @@ class Runtime:
         finally:
             del job  # which holds the error, which holds this frame
 
+    def stop(self) -> None:
+        """Cancel every coroutine that was started, and each that still is, and drop writes that wait; then `close` is swift.
+
+        Waits until those that ran have cleaned up.
+        """
+        asyncio.run_coroutine_threadsafe(self._stop(), self.loop).result()
+        self.writers.shutdown(wait=False, cancel_futures=True)
+
+    async def _stop(self) -> None:
+        self._is_stopped = True
+        under_way = list(self._under_way)
+        for task in under_way:
+            task.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
+
     def close(self) -> None:
         """End all threads; writes that wait are finished first."""
         self.writers.shutdown(wait=True)
@@ -92,12 +115,18 @@ class Runtime:
 class Job(Generic[T]):
     """A coroutine under way on the loop thread."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        coroutine: Coroutine[Any, Any, T],
+        on_start: Callable[[asyncio.Task[None]], None],
+    ) -> None:
         self._ended: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._given: list[T] = []
         self._loop = loop
         self._coroutine = coroutine
         self._task: asyncio.Task[None] | None = None
+        self._on_start = on_start
         loop.call_soon_threadsafe(self._start)
 
     def result(self) -> T:
@@ -114,6 +143,7 @@ class Job(Generic[T]):
     def _start(self) -> None:
         self._task = self._loop.create_task(self._run())
         self._task.add_done_callback(self._finish)
+        self._on_start(self._task)
 
     async def _run(self) -> None:
         # Not as the task's result: the loop thread holds the task a moment longer than the caller waits, and with it

@@ -15,6 +15,7 @@ from typing import Any
 
 import models
 import pytest
+from cache_folder import staged_files
 from daemon_fuzzing import fuzz
 from daemon_killing import kill_at_random
 from hosted import Hosted, host
@@ -118,6 +119,49 @@ def test_an_origin_that_fails_the_daemon_is_asked_by_the_load_itself(node: Node,
     hosted.proxy.reset()
     with load(hosted) as model:
         assert_same(model, hosted.tensors)
+
+
+# -- it is ended while something hangs
+
+
+def end_without_patience(node: Node) -> int:
+    """Have the daemon drain, and then wait no longer for what is under way; returns its exit code."""
+    node.signal(signal.SIGTERM)
+    wait_until(lambda: not node.state()["is_ready"])
+    return node.stop()
+
+
+def test_a_load_that_hangs_at_its_end_is_broken_off_and_leaves_the_disk_sound(node: Node, hosted: Hosted) -> None:
+    hosted.proxy.script("GET .*safetensors", "ok ok ok " + "hold " * 50)
+    client = ClientProcess(hosted.url, hosted.options)
+    with clients(client):
+        hosted.proxy.wait_stopped(timeout_s=60)
+        wait_until(lambda: node.images()[hosted.url]["n_leases"] == 1)
+        assert end_without_patience(node) == 0
+        hosted.proxy.reset()
+        hosted.proxy.release()
+        loaded = client.result()
+        assert loaded["tensors"] == fingerprint(hosted.tensors)
+        assert any("it was broken off" in warning for warning in loaded["report"]["warnings"])
+        client.end()
+    assert staged_files(node.folder) == []
+    found = weightcache.verify(deep=True)
+    assert found.n_chunks > 0
+    assert found.rotten + found.lost + found.problems == []
+
+
+def test_a_library_that_hangs_does_not_keep_it(node: Node) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(60)
+        options = ["--storage-option", "host=127.0.0.1", "--storage-option", f"port={silent.getsockname()[1]}"]
+        command = [sys.executable, "-m", "weightcache", "warm", "webhdfs:///model", *options]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as waiting:
+            asking, _ = silent.accept()
+            with asking:
+                assert end_without_patience(node) == 0
+            assert waiting.wait(60) == errors.DaemonError.exit_code
+    assert not node.socket.exists()
+    assert "ending without them" in node.log.read_text()
 
 
 # -- whom it serves

@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -39,8 +40,9 @@ log = logging.getLogger(__name__)
 
 DISK_LOOK_S = 5.0  # how old what is said of the disk may be
 TELL_S = 10.0  # how often the service manager hears how things are, where it sets no watchdog
-PREPARED_NBYTES = 1 << 30  # at once
+PREPARED_NBYTES = 256 << 20  # at once
 DRAIN_S = 30.0  # longest wait for what is under way when it ends
+END_S = 2.0  # after which the process ends without threads that hang in a library or the kernel
 
 
 class Daemon:
@@ -71,6 +73,7 @@ class Daemon:
         path = self.settings.socket_path
         if path is None:
             raise ConfigError('socket is "none": a daemon needs one')
+        self._own_socket = path if listening is None else None
         _raise_limits()
         folder_mode = 0o711 if self.settings.daemon.uids else 0o700
         with _alone(path, folder_mode), contextlib.closing(listening or _listen(path, self.settings)) as sock:
@@ -81,10 +84,17 @@ class Daemon:
                 if listening is None:
                     path.unlink(missing_ok=True)
 
+    def _leave(self, exit_code: int) -> None:
+        """End the process where it does not end by itself: a library or the kernel keeps a thread."""
+        log.warning("threads hang that cannot be stopped: ending without them, as a kill would, which harms no bytes")
+        if self._own_socket is not None:
+            self._own_socket.unlink(missing_ok=True)
+        os._exit(exit_code)
+
     async def _serve(self, sock: socket.socket) -> None:
-        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        loop, ended, hurried = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, ended.set)
+            loop.add_signal_handler(number, lambda: (hurried if ended.is_set() else ended).set())
         loop.add_signal_handler(signal.SIGHUP, self._reread)
         works = (self.server.serve(sock), self.warming.run(), self._look(), self._tell_manager())
         tasks = [asyncio.create_task(each) for each in works]
@@ -98,14 +108,18 @@ class Daemon:
                 if task.done():
                     task.result()  # raises
         finally:
-            await self._drain()
-            for each in (preparing, *waited):
+            preparing.cancel()
+            await self._drain(hurried)
+            last = threading.Timer(END_S, self._leave, (0 if ended.is_set() else 1,))
+            last.daemon = True
+            last.start()
+            for each in waited:
                 each.cancel()
             await asyncio.gather(preparing, *waited, return_exceptions=True)
+            await loop.run_in_executor(None, self.residents.close)
+            await self.server.close()
             if page is not None:
                 await page.close()
-            await self.server.close()
-            self.residents.close()
 
     async def _prepare(self) -> None:
         """Touch memory once: a virtual machine pays for its first use ten times what clearing it costs later."""
@@ -121,15 +135,17 @@ class Daemon:
         self._is_ready = True
         log.info("the daemon %d serves on %s", os.getpid(), self.settings.socket_path)
 
-    async def _drain(self) -> None:
-        """Begin nothing new, and wait for what is under way."""
-        self.server.is_draining = True
+    async def _drain(self, hurried: asyncio.Event) -> None:
+        """Begin nothing new, and wait for what is under way, until there is a hurry."""
+        self.server.is_draining = self.warming.is_draining = True
         self._is_ready = False
         self._manager.stopping()
         log.info("ending: %d transfers are under way", len(self.residents.moving))
         deadline = time.monotonic() + DRAIN_S
-        while self.residents.moving and time.monotonic() < deadline:
+        while self.residents.moving and not hurried.is_set() and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
+        if self.residents.moving:
+            log.warning("ending: %d transfers are broken off", len(self.residents.moving))
 
     async def _open_page(self) -> web.Site | None:
         """Serve the page, metrics and health. Raises ConfigError where they cannot be served as was asked."""

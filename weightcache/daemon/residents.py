@@ -22,6 +22,7 @@ from weightcache.digest import Digest
 from weightcache.errors import CapacityError, DaemonError, WeightcacheError
 from weightcache.forecast import Forecast
 from weightcache.report import Report
+from weightcache.runtime import runtime
 from weightcache.session import N_SPANS_TOLD, Request
 from weightcache.tiers.host import HeldImage, host_tier
 
@@ -175,9 +176,12 @@ class Residents:
         def work() -> Report:
             asked = replace(request, progress=progress)
             report = Report(uri=request.uri)
-            if tier == "disk":
-                return cache.prefetch(asked, "disk")
-            return cache.keep_in_host(asked, report, on_kept, here_only=here_only)
+            try:
+                if tier == "disk":
+                    return cache.prefetch(asked, "disk")
+                return cache.keep_in_host(asked, report, on_kept, here_only=here_only)
+            except concurrent.futures.CancelledError as exc:
+                raise DaemonError(f"the daemon ended before it had brought {request.uri}") from exc
 
         self.moving[moving.number] = moving
         try:
@@ -249,7 +253,8 @@ class Residents:
         return ""
 
     def close(self) -> None:
-        """Wait for what is under way."""
+        """Break off what is under way, and wait until it has cleaned up."""
+        runtime().stop()
         self._threads.shutdown(wait=True, cancel_futures=True)
 
 

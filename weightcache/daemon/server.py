@@ -111,7 +111,8 @@ class Server:
 
     async def close(self) -> None:
         """Let go of all clients; what they have attached stays theirs."""
-        for task in self._tasks:
+        telling = [client.telling for client in self.clients if client.telling is not None]
+        for task in (*self._tasks, *telling):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 

@@ -44,6 +44,7 @@ class Warming:
         self._residents = residents
         self._settings = settings
         self._under_way: dict[str, asyncio.Task[None]] = {}
+        self.is_draining = False
         self._listed: set[tuple[Warm, str]] = set()  # and when, that were begun
         self._watched_s = time.monotonic()
         self._foreseen_s = self._disk_s = -math.inf
@@ -146,7 +147,7 @@ class Warming:
         return self._settings.dir / "daemon" / "forecast.json"
 
     def _begin(self, warm: Warm, why: str) -> None:
-        if warm.model in self._under_way:
+        if self.is_draining or warm.model in self._under_way:
             return
         task = asyncio.create_task(self._bring(warm, why))
         self._under_way[warm.model] = task
