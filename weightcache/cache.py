@@ -417,6 +417,7 @@ def keep_in_host(
     on_kept: Callable[[Kept], None] | None = None,
     *,
     here_only: bool = False,
+    is_ahead: bool = False,
 ) -> Report:
     """Bring a model's tensors into an image that this process keeps.
 
@@ -426,6 +427,7 @@ def keep_in_host(
         on_kept: Called on the loop thread as soon as there is an image to attach to, which may still be being filled.
             It is held for whoever is told: `host_tier.let_go` of it.
         here_only: Fill none.
+        is_ahead: Nobody waits for it: fill none for which models of more value would leave.
     """
     with report.stage("open"):
         session = open_session(request, report)
@@ -472,7 +474,10 @@ def keep_in_host(
             layout = carry(lay_out_for(session, wanted), {key: sizes[key] for key in carried})
             plan = decide(session, keys, look(session, keys))
             budget_bytes = host_budget_bytes(session.settings.host_budget_bytes)
-        with host_tier.room(nbytes := image_bytes(layout), budget_bytes, time.time()):
+        nbytes, now_s = image_bytes(layout), time.time()
+        if is_ahead:
+            host_tier.admit(session.key, str(session.name), nbytes, budget_bytes, now_s)
+        with host_tier.room(nbytes, budget_bytes, now_s):
             memory = allocate_shared(nbytes, "weightcache")
             mine = HeldImage(str(session.name), str(session.manifest.revision), layout, memory)
             held = host_tier.keep(session.key, mine, time.time())

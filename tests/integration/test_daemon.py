@@ -293,17 +293,23 @@ def _as_environment(hosted: Hosted) -> dict[str, str]:
     }
 
 
+def expect(url: str) -> Path:
+    """Have a model expected within the minute, by what its past says; returns the file that says so."""
+    past = Path(os.environ["WEIGHTCACHE_DIR"]) / "daemon" / "forecast.json"
+    past.parent.mkdir(mode=0o700, parents=True)
+    forecast = Forecast()
+    for n_hours in range(12, 0, -1):
+        forecast.used(url, time.time() - n_hours * 3600 + 60)  # every hour, and a minute from now again
+    past.write_text(json.dumps(forecast.to_form()))
+    return past
+
+
 def test_what_is_expected_is_fetched_before_it_is_asked_for(
     start: Callable[..., Node], hosted: Hosted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in _as_environment(hosted).items():
         monkeypatch.setenv(name, value)
-    past = Path(os.environ["WEIGHTCACHE_DIR"]) / "daemon" / "forecast.json"
-    past.parent.mkdir(mode=0o700, parents=True)
-    forecast = Forecast()
-    for n_hours in range(12, 0, -1):
-        forecast.used(hosted.url, time.time() - n_hours * 3600 + 60)  # every hour, and a minute from now again
-    past.write_text(json.dumps(forecast.to_form()))
+    past = expect(hosted.url)
     node = start('[daemon]\nhttp = ""\nforecast = true\n')
     wait_until(lambda: node.image(hosted.url).get("state") == "resident")
     wait_until(lambda: [each["what"] for each in node.state()["decisions"]] == ["fetch"])
@@ -316,6 +322,22 @@ def test_what_is_expected_is_fetched_before_it_is_asked_for(
     assert hosted.served_bytes() == 0
     assert node.stop() == 0
     assert len(Forecast.from_form(json.loads(past.read_text())).to_form()["models"][hosted.url][1]) == 12
+
+
+def test_a_list_does_not_drive_out_what_is_expected(
+    start: Callable[..., Node], hosted: Hosted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in _as_environment(hosted).items():
+        monkeypatch.setenv(name, value)
+    expect(hosted.url)
+    configuration = f'host_budget_bytes = {60 * MIB}\n[daemon]\nhttp = ""\nforecast = true\n'
+    node = start(configuration)
+    wait_until(lambda: [each["what"] for each in node.state()["decisions"]] == ["fetch"])
+    node.write(f'{configuration}[[warm]]\nmodel = "{hosted.folder}"\ntier = "host"\n')
+    node.signal(signal.SIGHUP)
+    wait_until(lambda: [each["what"] for each in node.state()["decisions"]] == ["leave", "fetch"])
+    assert "models of more value" in node.state()["decisions"][0]["why"]
+    assert list(node.images()) == [hosted.url]
 
 
 def test_what_nobody_uses_is_demoted(start: Callable[..., Node], hosted: Hosted) -> None:

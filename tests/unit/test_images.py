@@ -12,6 +12,7 @@ from weightcache.layout import Layout
 from weightcache.tiers.host import HeldImage, HostTier
 
 NBYTES = 4096
+HOUR_S = 3600.0
 KEYS = [(0, 0), (0, 1), (1, 0)]
 
 
@@ -128,6 +129,44 @@ def test_what_is_used_or_is_to_stay_does_not_leave() -> None:
     with pytest.raises(CapacityError), tier.room(2 * NBYTES, 2 * NBYTES, 1e12):
         pass
     assert stays not in tier.images()
+
+
+def busy(tier: HostTier) -> HeldImage:
+    """Keep an image that is used every hour."""
+    held = kept(tier, full("busy"))
+    for now_s in (HOUR_S, 2 * HOUR_S):
+        tier.hold_again(held, now_s)
+        tier.let_go(held)
+    return held
+
+
+def test_what_nobody_waits_for_does_not_come_for_what_is_worth_more() -> None:
+    tier = HostTier()
+    held = busy(tier)
+    with pytest.raises(CapacityError, match="models of more value would leave"):
+        tier.admit("a", "a", NBYTES, NBYTES, 3 * HOUR_S)
+    assert tier.images() == [held]
+
+
+def test_what_nobody_waits_for_comes_where_there_is_room() -> None:
+    tier = HostTier()
+    busy(tier)
+    tier.admit("a", "a", NBYTES, 2 * NBYTES, 3 * HOUR_S)
+
+
+def test_what_is_expected_comes_for_what_is_worth_less() -> None:
+    tier = HostTier()
+    busy(tier)
+    tier.expected_per_s = {"a": 1.0}
+    tier.admit("a", "a", NBYTES, NBYTES, 3 * HOUR_S)
+
+
+def test_what_was_used_more_often_before_it_left_comes_for_what_is_worth_less() -> None:
+    tier = HostTier()
+    busy(tier)
+    tier.drop("busy")
+    kept(tier, full("once"), 3 * HOUR_S)
+    tier.admit("busy", "busy", NBYTES, NBYTES, 4 * HOUR_S)
 
 
 def test_rooms_that_are_promised_count() -> None:

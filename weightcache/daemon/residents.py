@@ -32,6 +32,7 @@ N_THREADS = 16  # requests that describe or fill at the same time
 N_LOADS = 50  # that are remembered
 N_DECISIONS = 100
 TIERS = ("origin", "disk", "host")
+AHEAD = ("list", "tag", "forecast")  # why a model is brought that nobody waits for
 COSTS = ("usd", "received_bytes", "n_gets", "saved_bytes", "wasted_prefetch_bytes")
 LEAST_TELLING_NBYTES = 64 << 20  # a load of less says nothing of a rate
 LOOK_S = 0.05
@@ -179,7 +180,7 @@ class Residents:
             try:
                 if tier == "disk":
                     return cache.prefetch(asked, "disk")
-                return cache.keep_in_host(asked, report, on_kept, here_only=here_only)
+                return cache.keep_in_host(asked, report, on_kept, here_only=here_only, is_ahead=why in AHEAD)
             except concurrent.futures.CancelledError as exc:
                 raise DaemonError(f"the daemon ended before it had brought {request.uri}") from exc
 
@@ -221,7 +222,10 @@ class Residents:
                 self.limits[f"{tier}_bytes_per_s"] = max(self.limits[f"{tier}_bytes_per_s"] or 0.0, nbytes / move_s)
 
     def decide(self, what: str, uri: str, tier: str, why: str) -> None:
-        """Remember a decision."""
+        """Remember a decision; one to leave a model where it is takes the place of the last such."""
+        about = next((each for each in self.decisions if (each.uri, each.tier) == (uri, tier)), None)
+        if about is not None and about.what == what == "leave":
+            self.decisions.remove(about)
         log.info("%s %s in %s: %s", what, uri, tier, why)
         self.decisions.appendleft(Decision(self.clock(), what, uri, tier, why))
 

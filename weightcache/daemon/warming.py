@@ -18,7 +18,7 @@ from weightcache import meters, upkeep
 from weightcache.config import Settings
 from weightcache.daemon.residents import Residents
 from weightcache.daemon.settings import START, Warm
-from weightcache.errors import FormatError, ModelNotFoundError, WeightcacheError
+from weightcache.errors import CapacityError, FormatError, ModelNotFoundError, WeightcacheError
 from weightcache.files import publish_bytes
 from weightcache.forecast import Forecast
 from weightcache.session import Request
@@ -30,6 +30,7 @@ TICK_S = 1.0
 DISK_S = 60.0  # how often what is idle on disk is looked for
 FORESEE_S = 20.0
 LEAD_S = 120.0  # a model is fetched so long before it is due
+PAUSE_S = 300.0  # before what was foreseen and did not come is tried again
 
 
 class Warming:
@@ -48,6 +49,7 @@ class Warming:
         self._listed: set[tuple[Warm, str]] = set()  # and when, that were begun
         self._watched_s = time.monotonic()
         self._foreseen_s = self._disk_s = -math.inf
+        self._not_before_s: dict[str, float] = {}  # by model that was foreseen, and did not come
         self._recall()
 
     def reread(self, settings: Settings) -> None:
@@ -112,17 +114,21 @@ class Warming:
         forecast = self._residents.forecast
         if forecast is None or time.monotonic() - self._foreseen_s < FORESEE_S:
             return
-        self._foreseen_s = time.monotonic()
+        self._foreseen_s, soon_s = time.monotonic(), time.time() + LEAD_S
         self._remember()
         here = {held.uri for held in host_tier.images()}
-        for due in forecast.due(time.time() + LEAD_S):
-            if due.model not in here:
-                self._begin(Warm(due.model, "host"), "forecast")
+        coming = [due.model for due in forecast.due(soon_s) if due.model not in here]
+        expected = {model: forecast.expected_per_s(model, soon_s) for model in (*here, *coming)}
+        host_tier.expected_per_s = {model: each for model, each in expected.items() if each is not None}
+        for model in coming:
+            if self._foreseen_s >= self._not_before_s.get(model, -math.inf):
+                self._begin(Warm(model, "host"), "forecast")
 
     def _recall(self) -> None:
         """Take up what the daemon before knew of uses; without a forecast, nothing."""
         if not self._settings.daemon.forecast:
             self._residents.forecast = None
+            host_tier.expected_per_s = {}
             return
         waste = self._settings.daemon.waste
         forecast = Forecast(waste=waste)
@@ -158,9 +164,12 @@ class Warming:
             request = self._residents.requests.get(warm.model) or Request(warm.model)
             report = await self._residents.bring(request, why, warm.tier)
         except WeightcacheError as exc:
-            log.warning("%s is not brought to %s: %s", warm.model, warm.tier, exc)
-            self._residents.decide("leave", warm.model, warm.tier, str(exc))
+            self._not_before_s[warm.model] = time.monotonic() + PAUSE_S
+            if not isinstance(exc, CapacityError):  # which is told already
+                log.warning("%s is not brought to %s: %s", warm.model, warm.tier, exc)
+                self._residents.decide("leave", warm.model, warm.tier, str(exc))
             return
+        self._not_before_s.pop(warm.model, None)
         if report.bytes["origin"] or report.bytes["disk"]:
             self._residents.decide("fetch", warm.model, warm.tier, f"by {why}: revision {report.revision[:23]}…")
         if why == "list" and warm.tier == "host":

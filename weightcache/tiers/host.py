@@ -264,6 +264,7 @@ class HostTier:
         self._past: dict[str, Uses] = {}  # of models that are no longer kept
         self._promised_bytes = 0  # to images that are being made
         self.until_s: dict[str, float] = {}  # by URI: until when it stays, used or not; 0 is for ever
+        self.expected_per_s: Mapping[str, float] = {}  # by URI: uses that a forecast expects, of those that it knows
 
     def hold(self, model: str, revision: str, keys: Iterable[ChunkKey], now_s: float) -> HeldImage | None:
         """Return the image of a model in this state if it holds all these chunks; `let_go` of it afterwards."""
@@ -307,20 +308,9 @@ class HostTier:
         An image in use, or that is to stay, never leaves, and none leaves where that would not suffice.
         """
         with self._lock:
-            residents = [
-                Resident(
-                    model,
-                    frozenset(),
-                    held.last_use_s,
-                    uses=held.uses,
-                    held=held.n_users > 0 or self.stays(held.uri, now_s),
-                    own_bytes=held.nbytes,
-                    bytes_per_s=ASSUMED_DISK_BYTES_PER_S,
-                )
-                for model, held in self._images.items()
-            ]
-            over = self._used_bytes() + self._promised_bytes + nbytes - budget_bytes
-            if over > sum(resident.own_bytes for resident in residents if not resident.held):
+            residents = self._residents(now_s)
+            over = self._over_bytes(nbytes, budget_bytes)
+            if over > _evictable_bytes(residents):
                 raise CapacityError(
                     f"no room for an image of {nbytes} bytes within the host budget of {budget_bytes}, of which "
                     f"{budget_bytes + over - nbytes} are in use or kept: evict models, or raise host_budget_bytes",
@@ -337,6 +327,51 @@ class HostTier:
         finally:
             with self._lock:
                 self._promised_bytes -= nbytes
+
+    def admit(self, model: str, uri: str, nbytes: int, budget_bytes: int, now_s: float) -> None:
+        """Raise CapacityError where a model that nobody waits for would be among the first to leave again."""
+        with self._lock:
+            before = self._images.get(model)
+            newcomer = Resident(
+                "",
+                frozenset(),
+                now_s,
+                uses=before.uses if before is not None else self._past.get(model, ()),
+                held=self.stays(uri, now_s),
+                own_bytes=nbytes,
+                bytes_per_s=ASSUMED_DISK_BYTES_PER_S,
+                expected_per_s=self.expected_per_s.get(uri),
+            )
+            residents, over = self._residents(now_s), self._over_bytes(nbytes, budget_bytes)
+        if over > _evictable_bytes(residents):
+            return  # which `room` says
+        if newcomer in choose_victims([*residents, newcomer], {}, over, now_s).victims:
+            known = f"{len(newcomer.uses)} uses of it are known" if newcomer.uses else "no use of it is known"
+            raise CapacityError(
+                f"{uri} is not brought ahead, for models of more value would leave host memory for it: {known}; load it, evict "
+                "others, or raise host_budget_bytes",
+                uri=uri,
+                wanted_bytes=nbytes,
+                budget_bytes=budget_bytes,
+            )
+
+    def _residents(self, now_s: float) -> list[Resident]:
+        return [
+            Resident(
+                model,
+                frozenset(),
+                held.last_use_s,
+                uses=held.uses,
+                held=held.n_users > 0 or self.stays(held.uri, now_s),
+                own_bytes=held.nbytes,
+                bytes_per_s=ASSUMED_DISK_BYTES_PER_S,
+                expected_per_s=self.expected_per_s.get(held.uri),
+            )
+            for model, held in self._images.items()
+        ]
+
+    def _over_bytes(self, nbytes: int, budget_bytes: int) -> int:
+        return self._used_bytes() + self._promised_bytes + nbytes - budget_bytes
 
     def stays(self, uri: str, now_s: float) -> bool:
         """Tell whether a model is to stay, used or not."""
@@ -411,6 +446,10 @@ class HostTier:
         self._lock = threading.Lock()
         for held in self._images.values():
             held.lock = threading.Lock()
+
+
+def _evictable_bytes(residents: Iterable[Resident]) -> int:
+    return sum(resident.own_bytes for resident in residents if not resident.held)
 
 
 host_tier = HostTier()
