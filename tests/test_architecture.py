@@ -34,7 +34,7 @@ LAYERS = (
     ("plan", "planning"),
     ("engine", "_engine"),
     ("machine", "behind daemon.service files journal machine operations runtime"),
-    ("locks", "locks measurements"),
+    ("locks", "locks measurements daemon.hugepages"),
     ("answers", "origins.answers origins.listing origins.pace origins.clock"),
     ("connections", "origins.connection"),
     ("data plane", "origins.plane"),

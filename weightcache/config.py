@@ -173,6 +173,13 @@ def read_configuration(environment: Mapping[str, str] | None = None, file: Path 
     given = _read_environment(env)
     sources |= dict.fromkeys(given, ENVIRONMENT)
     settings = replace(default, **values | given)
+    if settings.daemon.huge_bytes > settings.host_budget_bytes:
+        raise ConfigError(
+            f"huge_bytes of [daemon] in {path} is {settings.daemon.huge_bytes}: expected host_budget_bytes to be set, and no "
+            f"less than that; it is {settings.host_budget_bytes or 'not set'}",
+            setting="daemon.huge_bytes",
+            source=str(path),
+        )
     changed = {name: source for name, source in sources.items() if getattr(settings, name) != getattr(default, name)}
     return Configuration(path if is_read else None, settings, changed)
 

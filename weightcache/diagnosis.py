@@ -218,9 +218,14 @@ def _shared_huge_pages() -> _Seen:
 
 def _reserved_pages() -> _Seen:
     facts = machine.meminfo()
-    free = facts.get("HugePages_Free", 0)
+    total, free = facts.get("HugePages_Total", 0), facts.get("HugePages_Free", 0)
     room = f": images of the host tier lie there, up to {_size(free * facts['Hugepagesize'])}" if free else ""
-    return _Seen(f"{facts.get('HugePages_Total', 0)} pages, {free} free{room}")
+    wanted = read_settings().daemon.huge_bytes
+    advice = (
+        f"huge_bytes wants {_size(wanted)}: weightcache status says what became of that; at boot there is most room"
+    )
+    is_less = total * facts.get("Hugepagesize", 0) < wanted
+    return _Seen(f"{total} pages, {free} free{room}", advice if is_less else "")
 
 
 def _memory() -> _Seen:

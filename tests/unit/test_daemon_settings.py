@@ -12,10 +12,12 @@ from weightcache.errors import ConfigError
 
 WHOLE = """
 socket = "/run/weightcache/socket"
+host_budget_bytes = "8GiB"
 
 [daemon]
 http = "0.0.0.0:9000"
 ready_bytes = "8GiB"
+huge_bytes = "8GiB"
 prefetch_bytes_per_s = "100MB"
 idle_host = "30m"
 idle_disk = "30d"
@@ -55,6 +57,7 @@ def test_everything_can_be_said(tmp_path: Path) -> None:
     assert daemon == DaemonSettings(
         http=("0.0.0.0", 9000),
         ready_bytes=8 << 30,
+        huge_bytes=8 << 30,
         prefetch_bytes_per_s=100_000_000,
         idle_host_s=1800,
         idle_disk_s=30 * 86400,
@@ -102,6 +105,8 @@ def test_no_page_is_served_where_none_is_wanted(tmp_path: Path) -> None:
         ('[[warm]]\nmodel = "m"\nat = "25:00"', "a time such as"),
         ('[[warm]]\nmodel = "m"\nmode = 1', "unknown setting"),
         ('socket = "here"', "absolute path of a socket"),
+        ("[daemon]\nhuge_bytes = 1", "expected host_budget_bytes to be set"),
+        ("host_budget_bytes = 1\n[daemon]\nhuge_bytes = 2", "no less than that; it is 1"),
     ],
 )
 def test_what_cannot_be_used_is_named(tmp_path: Path, text: str, says: str) -> None:

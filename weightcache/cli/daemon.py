@@ -103,6 +103,7 @@ def _show_state(state: Mapping[str, Any]) -> None:
         ("socket", state["socket"]),
         ("clients", f"{state['n_clients']}; {state['n_refused']} were refused"),
         *((tier["tier"], _use(tier)) for tier in state["tiers"]),
+        *([("huge pages", state["huge_pages"])] if state["huge_pages"] else []),
         ("transfers", str(len(state["transfers"]))),
         (
             "spent",

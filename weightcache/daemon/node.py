@@ -26,7 +26,7 @@ import uvloop
 from weightcache import _engine, meters, upkeep
 from weightcache._version import __version__
 from weightcache.config import Settings, read_settings, take_service_environment
-from weightcache.daemon import web
+from weightcache.daemon import hugepages, web
 from weightcache.daemon.residents import Residents, describe_image
 from weightcache.daemon.server import Server
 from weightcache.daemon.service import ServiceManager, inherited_socket
@@ -63,6 +63,7 @@ class Daemon:
         self._disk: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])  # its tier, its models
         self._disk_is_wanted = asyncio.Event()
         self._is_ready = False
+        self._huge_pages = ""
 
     def run(self, listening: socket.socket | None = None) -> None:
         """Serve until SIGTERM or SIGINT. `listening`: a socket that the service manager opened.
@@ -122,14 +123,19 @@ class Daemon:
                 await page.close()
 
     async def _prepare(self) -> None:
-        """Touch memory once: a virtual machine pays for its first use ten times what clearing it costs later."""
+        """Reserve huge pages, and touch memory once: its first use costs a virtual machine ten times what clearing does."""
+        loop, huge_bytes = asyncio.get_running_loop(), self.settings.daemon.huge_bytes
+        if huge_bytes:
+            reservation = await loop.run_in_executor(None, hugepages.reserve, huge_bytes)
+            self._huge_pages = str(reservation)
+            log.log(logging.INFO if reservation.is_whole else logging.WARNING, "%s", reservation)
         nbytes = min(self.settings.daemon.ready_bytes, memory_available_bytes() * 3 // 4)
         began = time.monotonic()
         with contextlib.suppress(OSError):
             memory = _engine.SharedMemory(nbytes, "weightcache-ready")
             for start in range(0, nbytes, PREPARED_NBYTES):
                 stop = min(nbytes, start + PREPARED_NBYTES)
-                await asyncio.get_running_loop().run_in_executor(None, memory.populate, start, stop)
+                await loop.run_in_executor(None, memory.populate, start, stop)
         if nbytes:
             log.info("%d bytes of memory are ready after %.1f s", nbytes, time.monotonic() - began)
         self._is_ready = True
@@ -223,6 +229,7 @@ class Daemon:
             "is_ready": self._is_ready,
             "n_clients": len(self.server.clients),
             "n_refused": self.server.n_refused,
+            "huge_pages": self._huge_pages,
             "tiers": [host, *disk_tiers],
             "models": [*(describe_image(held, host_tier.until_s.get(held.uri)) for held in images), *disk_models],
             "transfers": [each.as_dict(now_s) for each in self.residents.moving.values() if each.total_bytes],

@@ -61,6 +61,7 @@ class DaemonSettings:
     Attributes:
         http: Where the page, metrics and health are served; None is nowhere.
         ready_bytes: Shared memory that is populated before it is asked for.
+        huge_bytes: Huge pages that are reserved at the start, for images; no more than `host_budget_bytes`.
         prefetch_bytes_per_s: Most bytes a second that prefetches take from origins; 0 is no limit but that of loads.
         idle_host_s: An image that nobody used for so long leaves host memory; 0: only for want of room.
         idle_disk_s: A model that nobody used for so long leaves the disk; 0: only for want of room.
@@ -75,6 +76,7 @@ class DaemonSettings:
 
     http: tuple[str, int] | None = DEFAULT_HTTP
     ready_bytes: int = 0
+    huge_bytes: int = 0
     prefetch_bytes_per_s: int = 0
     idle_host_s: float = 0.0
     idle_disk_s: float = 0.0
@@ -92,6 +94,7 @@ def read_daemon(given: object, source: str, read_bytes: Reader) -> DaemonSetting
     readers: dict[str, Reader] = {
         "http": _read_address,
         "ready_bytes": read_bytes,
+        "huge_bytes": read_bytes,
         "prefetch_bytes_per_s": read_bytes,
         "idle_host": read_duration,
         "idle_disk": read_duration,
