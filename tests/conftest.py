@@ -53,9 +53,9 @@ def http_folder() -> Iterator[Callable[[Path], HttpServer]]:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Node]]:
-    """Start the daemon of this test's cache folder: `start(configuration)`."""
+    """Start the daemon of this test's cache folder: `start(configuration, arguments)`."""
     with ExitStack() as nodes:
-        yield lambda configuration="": nodes.enter_context(Node(configuration))
+        yield lambda configuration="", arguments=(): nodes.enter_context(Node(configuration, arguments))
 
 
 @pytest.fixture

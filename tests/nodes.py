@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -39,7 +39,8 @@ CLIENT = """if True:
 class Node:
     """A daemon of the cache folder that the environment names, started by the constructor and ready when it returns."""
 
-    def __init__(self, configuration: str = "") -> None:
+    def __init__(self, configuration: str = "", arguments: Sequence[str] = ()) -> None:
+        self.arguments = arguments
         self.folder = Path(os.environ["WEIGHTCACHE_DIR"])
         self.socket = Path(os.environ.get("WEIGHTCACHE_SOCKET", str(self.folder / "daemon" / "socket")))
         self.log = self.folder.with_name("daemon.log")
@@ -55,7 +56,9 @@ class Node:
 
     def start(self) -> None:
         with self.log.open("a") as log:
-            self.process = subprocess.Popen([sys.executable, "-m", "weightcache", "daemon"], stderr=log)
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "weightcache", "daemon", *self.arguments], stderr=log
+            )
         wait_until(self._is_ready, READY_TIMEOUT_S)
 
     def _is_ready(self) -> bool:

@@ -417,6 +417,22 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_its_log_is_objects_where_that_is_asked_for(start: Callable[..., Node], hosted: Hosted) -> None:
+    node = start("", ("--log-format", "json"))
+    weightcache.warm(hosted.url, storage_options=hosted.options)
+    assert node.stop() == 0
+    told = [json.loads(line) for line in node.log.read_text().splitlines()]
+    assert all({"time", "level", "logger", "message"} <= each.keys() for each in told)
+    [load] = [each["load"] for each in told if "load" in each]
+    assert (load["uri"], load["why"], load["tier"]) == (hosted.url, "request", "host")
+    assert load["bytes"]["origin"] >= sum(tensor.nbytes for tensor in hosted.tensors.values())
+
+
+def test_why_it_does_not_start_is_an_object_too(node: Node) -> None:
+    second = _run("daemon", "--log-format", "json")
+    assert "another daemon" in json.loads(second.stderr)["message"]
+
+
 # -- its life
 
 

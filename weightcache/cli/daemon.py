@@ -27,9 +27,16 @@ def _read_duration(_: click.Context, __: click.Parameter, given: str | None) -> 
 
 
 @click.command()
+@click.option(
+    "--log-format",
+    type=click.Choice(["lines", "json"]),
+    default="lines",
+    show_default=True,
+    help="How it logs to stderr: json is one object a line.",
+)
 @output_options
 @click.pass_obj
-def daemon(output: Output) -> None:
+def daemon(output: Output, log_format: str) -> None:
     """Run the node daemon, until SIGTERM or Ctrl-C.
 
     It keeps models in host memory for all processes of this node, which use it by themselves. SIGHUP has it read its
@@ -37,7 +44,7 @@ def daemon(output: Output) -> None:
 
     Example: weightcache daemon
     """
-    output.log(1)
+    output.log(1, as_json=log_format == "json")
     weightcache.serve()
 
 

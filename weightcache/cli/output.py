@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 import click
@@ -27,12 +28,19 @@ class Output:
     def __init__(self) -> None:
         self.as_json = False
         self._verbosity = 0
+        self._logs_json = False
 
-    def log(self, verbosity: int) -> None:
-        """Log weightcache's records to stderr: 0 warnings, 1 what is done, 2 all. The highest call counts."""
+    def log(self, verbosity: int, *, as_json: bool = False) -> None:
+        """Log weightcache's records to stderr: 0 warnings, 1 what is done, 2 all. The highest call counts.
+
+        `as_json` says that each is a JSON object, this run's error too.
+        """
         self._verbosity = max(verbosity, self._verbosity)
+        self._logs_json = as_json
         shape = "%(asctime)s %(levelname)s %(name)s: %(message)s" if self._verbosity else "weightcache: %(message)s"
-        logging.basicConfig(format=shape, level=logging.WARNING, force=True)
+        stderr = logging.StreamHandler()
+        stderr.setFormatter(_JsonLines() if as_json else logging.Formatter(shape))
+        logging.basicConfig(handlers=[stderr], level=logging.WARNING, force=True)
         # Weightcache's alone: botocore's DEBUG shows signatures.
         logging.getLogger("weightcache").setLevel(LEVELS[min(self._verbosity, 2)])
 
@@ -50,7 +58,10 @@ class Output:
 
     def error(self, line: str, **facts: Any) -> None:
         """Print one line on stderr, and in JSON mode the facts on stdout."""
-        click.echo(f"weightcache: {printable(line)}", err=True)
+        if self._logs_json:
+            logging.getLogger("weightcache").error("%s", line)
+        else:
+            click.echo(f"weightcache: {printable(line)}", err=True)
         if self.as_json:
             self.result({"error": facts}, lambda: None)
 
@@ -86,6 +97,23 @@ def show_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         console.print(table)
     for line in drawn.get().splitlines():
         print(line.rstrip())
+
+
+class _JsonLines(logging.Formatter):
+    """An object a record: when in UTC, how grave, whose, what; and of a load that ended, its report."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        facts: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if load := getattr(record, "load", None):
+            facts["load"] = load
+        if record.exc_info:
+            facts["error"] = self.formatException(record.exc_info)
+        return json.dumps(facts, default=str)
 
 
 def printable(text: str) -> str:

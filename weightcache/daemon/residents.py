@@ -193,6 +193,7 @@ class Residents:
         finally:
             self.moving.pop(moving.number, None)
         if moving.total_bytes:  # what was there already is no load
+            self._log_load(moving, report)
             self.enter(report.as_dict(n_spans=N_SPANS_TOLD), "daemon", 0)
             if why != "load":
                 meters.add("weightcache_prefetch_bytes_total", sum(report.bytes.values()), why=why)
@@ -200,6 +201,20 @@ class Residents:
                 fetched_bytes = report.bytes["origin"]
                 self.forecast.fetched(request.uri, fetched_bytes, self.clock(), is_ahead=why == "forecast")
         return report
+
+    @staticmethod
+    def _log_load(moving: Moving, report: Report) -> None:
+        log.info(
+            "brought %s to %s by %s: %d bytes in %.3f s (origin %d, disk %d)",
+            moving.uri,
+            moving.tier,
+            moving.why,
+            moving.total_bytes,
+            report.total_s,
+            report.bytes["origin"],
+            report.bytes["disk"],
+            extra={"load": {"why": moving.why, "tier": moving.tier, **report.as_dict()}},
+        )
 
     async def settled(self, uri: str) -> None:
         """Wait until nothing of a model is under way, its way to disk included."""
