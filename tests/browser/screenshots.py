@@ -46,4 +46,5 @@ def main(arguments: list[str]) -> None:
                 shoot(browser, arguments[0], name, size, scheme)
 
 
-main(sys.argv[1:])
+if __name__ == "__main__":
+    main(sys.argv[1:])

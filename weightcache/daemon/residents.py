@@ -9,6 +9,7 @@ import asyncio
 import concurrent.futures
 import itertools
 import logging
+import os
 import time
 import weakref
 from collections import deque
@@ -80,7 +81,7 @@ class Residents:
 
     Attributes:
         moving: On their way to host memory or disk.
-        loads: The newest first: when it ended, whose it was, its report.
+        loads: The newest first: when it ended, which process's it was, its report.
         decisions: The newest first.
         requests: How each model was asked for last, so that it can be asked for again.
         forecast: When models are used next, where that is wanted.
@@ -194,7 +195,7 @@ class Residents:
             self.moving.pop(moving.number, None)
         if moving.total_bytes:  # what was there already is no load
             self._log_load(moving, report)
-            self.enter(report.as_dict(n_spans=N_SPANS_TOLD), "daemon", 0)
+            self.enter(report.as_dict(n_spans=N_SPANS_TOLD), "daemon", os.getpid())
             if why != "load":
                 meters.add("weightcache_prefetch_bytes_total", sum(report.bytes.values()), why=why)
             if self.forecast is not None:
