@@ -5,6 +5,7 @@ Never imports a framework: how a dtype maps to torch is the binder's matter.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -54,6 +55,7 @@ def tensor_nbytes(dtype: str, shape: Sequence[int]) -> int:
     return nbytes
 
 
+@functools.cache
 def alignment_bytes(dtype: str) -> int:
     """Return the alignment a tensor's first byte needs: its element's size, or 1 for packed dtypes.
 

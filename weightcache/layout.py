@@ -89,7 +89,7 @@ def want(manifest: Manifest, wanted: Callable[[str], bool] = lambda name: True) 
     found: list[Wanted] = []
     owners: dict[str, str] = {}
     for shard_index, shard in enumerate(manifest.shards):
-        chunk_of = _Cursor(shard)
+        cursor = _Cursor(shard_index, shard)
         for entry in shard.tensors:
             name = shard.prefix + entry.name
             if name in owners:
@@ -100,7 +100,7 @@ def want(manifest: Manifest, wanted: Callable[[str], bool] = lambda name: True) 
                 )
             owners[name] = shard.path
             if wanted(name):
-                found.append(Wanted(name, entry, tuple((shard_index, index) for index in chunk_of.covering(entry))))
+                found.append(Wanted(name, entry, cursor.covering(entry)))
     return found
 
 
@@ -151,17 +151,18 @@ def lay_out(manifest: Manifest, tensors: Iterable[Wanted]) -> Layout:
     end = 0
     tensors = list(tensors)
     for tensor in tensors:
-        for key in tensor.chunks:
+        for key in tensor.chunks[:-1]:
             nbytes = manifest.shards[key[0]].chunks[key[1]].nbytes
-            if key != tensor.chunks[-1] and nbytes % PAGE_NBYTES:
+            if nbytes % PAGE_NBYTES:
                 raise FormatError(
                     f"tensor {tensor.name!r} of {manifest.shards[key[0]].path} goes on after a chunk of {nbytes} bytes, "
                     f"expected whole pages of {PAGE_NBYTES}: describe the model again",
                     tensor=tensor.name,
                 )
+        for key in tensor.chunks:
             if key not in offsets:
                 offsets[key] = end
-                end += pages(nbytes)
+                end += pages(manifest.shards[key[0]].chunks[key[1]].nbytes)
     return _place(manifest, tensors, offsets, end, padded=True)
 
 
@@ -184,15 +185,14 @@ def _place(
 ) -> Layout:
     """Place tensors where their chunks lie, or, where their dtype does not like that, at the end."""
     placements: list[Placement] = []
+    moved = {(shard, index): at - manifest.shards[shard].chunks[index].start for (shard, index), at in offsets.items()}
     for tensor in tensors:
-        offset, copied_from = 0, None  # no elements, no bytes
-        if tensor.chunks:
-            shard, index = tensor.chunks[0]
-            offset = offsets[shard, index] + tensor.entry.start - manifest.shards[shard].chunks[index].start
-        if offset % alignment_bytes(tensor.entry.dtype):
+        entry, copied_from = tensor.entry, None
+        offset = moved[tensor.chunks[0]] + entry.start if tensor.chunks else 0  # no elements, no bytes
+        if offset % alignment_bytes(entry.dtype):
             copied_from, offset = offset, _round_up(end, COPY_ALIGNMENT_NBYTES)
-            end = offset + tensor.entry.nbytes
-        placements.append(Placement(tensor.name, tensor.entry, offset, tensor.chunks, copied_from))
+            end = offset + entry.nbytes
+        placements.append(Placement(tensor.name, entry, offset, tensor.chunks, copied_from))
     return Layout(end, offsets, tuple(placements), padded)
 
 
@@ -234,16 +234,22 @@ def _append(spans: list[tuple[int, int, int]], start: int, to: int, nbytes: int)
 class _Cursor:
     """Finds the chunks of tensors asked for in file order, in one pass over the shard."""
 
-    def __init__(self, shard: Shard) -> None:
-        self._chunks = shard.chunks
+    def __init__(self, shard_index: int, shard: Shard) -> None:
+        self._shard_index = shard_index
+        self._stops = [chunk.stop for chunk in shard.chunks]
         self._at = 0
+        self._alone: tuple[ChunkKey, ...] = ((shard_index, 0),)  # the chunk that it is at, which most tensors share
 
-    def covering(self, entry: TensorEntry) -> range:
-        if entry.nbytes == 0:
-            return range(0)
-        while self._chunks[self._at].stop <= entry.start:
-            self._at += 1
-        first = last = self._at
-        while self._chunks[last].stop < entry.stop:
+    def covering(self, entry: TensorEntry) -> tuple[ChunkKey, ...]:
+        if entry.start == entry.stop:
+            return ()
+        if self._stops[self._at] <= entry.start:
+            while self._stops[self._at] <= entry.start:
+                self._at += 1
+            self._alone = ((self._shard_index, self._at),)
+        if entry.stop <= self._stops[self._at]:
+            return self._alone
+        last = self._at
+        while self._stops[last] < entry.stop:
             last += 1
-        return range(first, last + 1)
+        return tuple((self._shard_index, index) for index in range(self._at, last + 1))
