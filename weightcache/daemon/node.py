@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import gc
 import itertools
 import logging
 import os
@@ -138,6 +139,9 @@ class Daemon:
                 await loop.run_in_executor(None, memory.populate, start, stop)
         if nbytes:
             log.info("%d bytes of memory are ready after %.1f s", nbytes, time.monotonic() - began)
+        # What is there now stays: walked each time garbage is collected, it held answers up in the middle of loads.
+        gc.collect()
+        gc.freeze()
         self._is_ready = True
         log.info("the daemon %d serves on %s", os.getpid(), self.settings.socket_path)
 
