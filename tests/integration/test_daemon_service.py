@@ -170,4 +170,4 @@ def test_load_goes_on_by_itself_where_the_socket_is_another_user_s(tmp_path: Pat
     report, name = Report("s3://bucket/model"), parse_uri("s3://bucket/model", ["s3"], "/")
     settings = Settings(dir=tmp_path, socket=str(tmp_path / "daemon.sock"))
     assert session._attach(session.Request(str(name)), settings, name, False, math.inf, report) is None
-    assert report.choices["daemon"].endswith("(Permission denied): start it with weightcache daemon")
+    assert report.choices["daemon"].endswith("(Permission denied): run as its user, or name this one in its uids")

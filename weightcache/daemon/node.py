@@ -74,7 +74,9 @@ class Daemon:
         """
         path = self.settings.socket_path
         if path is None:
-            raise ConfigError('socket is "none": a daemon needs one')
+            raise ConfigError(
+                'socket is "none", and a daemon needs one: leave it out, or name a path (WEIGHTCACHE_SOCKET)'
+            )
         self._own_socket = path if listening is None else None
         _raise_limits()
         folder_mode = 0o711 if self.settings.daemon.uids else 0o700

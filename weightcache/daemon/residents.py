@@ -237,12 +237,13 @@ class Residents:
             if move_s and nbytes >= LEAST_TELLING_NBYTES and nbytes >= 0.9 * sum(moved.values()):
                 self.limits[f"{tier}_bytes_per_s"] = max(self.limits[f"{tier}_bytes_per_s"] or 0.0, nbytes / move_s)
 
-    def decide(self, what: str, uri: str, tier: str, why: str) -> None:
-        """Remember a decision; one to leave a model where it is takes the place of the last such."""
+    def decide(self, what: str, uri: str, tier: str, why: str, level: int = logging.INFO) -> None:
+        """Remember a decision; one to leave a model out of a tier takes the place of the last such."""
         about = next((each for each in self.decisions if (each.uri, each.tier) == (uri, tier)), None)
         if about is not None and about.what == what == "leave":
             self.decisions.remove(about)
-        log.info("%s %s in %s: %s", what, uri, tier, why)
+            level = logging.DEBUG if about.why == why else level  # it is tried again and again
+        log.log(level, "%s %s, tier %s: %s", what, uri, tier, why)
         self.decisions.appendleft(Decision(self.clock(), what, uri, tier, why))
 
     def demote_idle(self, idle_s: float) -> None:

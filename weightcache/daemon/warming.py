@@ -166,8 +166,7 @@ class Warming:
         except WeightcacheError as exc:
             self._not_before_s[warm.model] = time.monotonic() + PAUSE_S
             if not isinstance(exc, CapacityError):  # which is told already
-                log.warning("%s is not brought to %s: %s", warm.model, warm.tier, exc)
-                self._residents.decide("leave", warm.model, warm.tier, str(exc))
+                self._residents.decide("leave", warm.model, warm.tier, str(exc), logging.WARNING)
             return
         self._not_before_s.pop(warm.model, None)
         if report.bytes["origin"] or report.bytes["disk"]:

@@ -87,9 +87,11 @@ class Line:
             self._check_peer()
         except OSError as exc:
             self.sock.close()
-            raise DaemonError(
-                f"no daemon answers on {path} ({exc.strerror or exc}): start it with weightcache daemon", path=str(path)
-            ) from exc
+            is_anothers = isinstance(exc, PermissionError)
+            advice = (
+                "run as its user, or name this one in its uids" if is_anothers else "start it with weightcache daemon"
+            )
+            raise DaemonError(f"no daemon answers on {path} ({exc.strerror or exc}): {advice}", path=str(path)) from exc
         except BaseException:
             self.sock.close()
             raise
