@@ -1,5 +1,7 @@
 """Take the pictures of the page in docs/images: of canned states, or with a URL of a daemon that runs.
 
+The two large ones there are live_screenshots.py's; without a URL only the one of a phone is taken.
+
 python tests/browser/screenshots.py [http://127.0.0.1:PORT NAME]
 """
 
@@ -39,10 +41,10 @@ def main(arguments: list[str]) -> None:
     IMAGES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, Chromium(program, Path(folder)) as browser:
         for name, state, size, scheme in PICTURES:
-            if not arguments:
+            if not arguments and size == PHONE:
                 with ServedPage(state()) as page:
                     shoot(browser, page.url, name, size, scheme)
-            elif name == arguments[1]:
+            elif name in arguments[1:]:
                 shoot(browser, arguments[0], name, size, scheme)
 
 
