@@ -53,7 +53,7 @@ LAYERS = (
     ("a request", "session"),
     ("its files", "modelfiles arrival"),
     ("its delivery", "delivery"),
-    ("its windows", "windows"),
+    ("its windows", "windows reading"),
     ("conductor", "cache registries"),
     ("care", "upkeep diagnosis"),
     ("the daemon's models", "daemon.residents"),

@@ -9,7 +9,7 @@ torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from weightcache.config import Configuration
     from weightcache.diagnosis import Finding
     from weightcache.publishing import Publication
+    from weightcache.reading import Listing
     from weightcache.registries import RevisionRow, TagRow
     from weightcache.replicating import Replication
     from weightcache.report import Report
@@ -50,6 +51,7 @@ __all__ = [
     "evict",
     "gc",
     "keygen",
+    "list_files",
     "load_into",
     "load_model",
     "metrics",
@@ -59,6 +61,7 @@ __all__ = [
     "prefetch",
     "publish",
     "pull",
+    "read",
     "remove",
     "replicate",
     "revisions",
@@ -286,6 +289,55 @@ def pull(
 
     request = _request(uri, None, None, cache, offline, storage_options, timeout_s, progress)
     return conductor.pull(request, Path(folder), weights=weights)
+
+
+def list_files(
+    uri: str | os.PathLike[str],
+    *,
+    cache: str = "auto",
+    offline: bool | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    timeout_s: float | None = None,
+) -> Listing:
+    """Tell a model's files and its revision, reading no byte of them but safetensors headers that are not known yet.
+
+    A model without safetensors will do: GGUF, a tokenizer, whatever lies in the folder.
+    """
+    from weightcache import reading
+
+    return reading.list_files(_request(uri, None, None, cache, offline, storage_options, timeout_s, None))
+
+
+def read(
+    uri: str | os.PathLike[str],
+    path: str,
+    start: int = 0,
+    stop: int | None = None,
+    *,
+    cache: str = "auto",
+    offline: bool | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    timeout_s: float | None = None,
+) -> Iterator[memoryview]:
+    """Yield the bytes `[start, stop)` of one file of a model, in order, each verified, in pieces of at most 16 MiB.
+
+    They come from where they are: host memory, the node daemon's included, the disk tier, else the origin, and are kept on
+    disk as a load would. Some 128 MiB are held at a time, beside what the caller keeps; a piece stays valid as long as it
+    is held. Nothing is opened before the first piece is asked for; closing the iterator early stops the transfer.
+
+    Args:
+        path: As `list_files` tells it.
+        start: Where to begin, in bytes.
+        stop: Where to end; the default is the file's end.
+
+    Raises:
+        ModelNotFoundError: No such model, or no such file in it.
+        UriError: A range that does not lie in the file. Otherwise as `load_model`, whose other arguments these are.
+    """
+    from weightcache import reading
+
+    request = _request(uri, None, None, cache, offline, storage_options, timeout_s, None)
+    return reading.read(request, path, start, stop)
 
 
 def plan(

@@ -524,7 +524,7 @@ def pull(request: Request, folder: Path, *, weights: bool) -> Report:
     """Write a model's files, bit for bit; see `weightcache.pull`."""
     report = Report(uri=request.uri)
     with report.stage("open"):
-        session = open_session(request, report)
+        session = open_session(replace(request, needs_weights=False), report)
 
     roles = (Role.FILE, Role.WEIGHTS, Role.FOREIGN) if weights else (Role.FILE,)
 

@@ -16,6 +16,7 @@ from weightcache.errors import FormatError, IncompleteModelError, ModelNotFoundE
 from weightcache.header import LENGTH_NBYTES, header_stop, parse_header
 from weightcache.manifest import Manifest, Role, Shard, check_paths
 from weightcache.origins.base import Origin, Stat
+from weightcache.registry import ABOUT
 from weightcache.runtime import all_of
 
 SAFETENSORS = ".safetensors"
@@ -73,8 +74,13 @@ class _Part:
     weight_map: Mapping[str, str] = field(default_factory=dict)
 
 
-async def describe(origin: Origin, memory: ShardMemory) -> Manifest:
+async def describe(origin: Origin, memory: ShardMemory, *, needs_weights: bool = True) -> Manifest:
     """Build the manifest of a checkpoint folder from its listing and its headers.
+
+    Args:
+        origin: The folder.
+        memory: What is known of its files.
+        needs_weights: Refuse a folder without safetensors. False takes any but a registry: its files are carried as data.
 
     Raises:
         ModelNotFoundError: No safetensors in the folder.
@@ -85,7 +91,7 @@ async def describe(origin: Origin, memory: ShardMemory) -> Manifest:
     """
     stats = {stat.path: stat for stat in await origin.list()}
     check_paths(stats)
-    parts = [await _read_index(origin, stats, part) for part in _find_parts(origin.uri, stats)]
+    parts = [await _read_index(origin, stats, part) for part in _find_parts(origin.uri, stats, needs_weights)]
     prefixes = {path: part.prefix for part in parts for path in part.shards}
     described = await all_of(_describe_shard(origin, memory, stats[path], prefix) for path, prefix in prefixes.items())
     shards = {shard.path: shard for shard in described}
@@ -107,7 +113,7 @@ def _describe_file(memory: ShardMemory, stat: Stat) -> Shard:
     return shard
 
 
-def _find_parts(uri: str, stats: Mapping[str, Stat]) -> list[_Part]:
+def _find_parts(uri: str, stats: Mapping[str, Stat], needs_weights: bool) -> list[_Part]:
     """Choose which safetensors are the model: the root's, or in a diffusers layout those of every component."""
     folders: dict[str, list[str]] = {}
     for path in stats:
@@ -118,7 +124,7 @@ def _find_parts(uri: str, stats: Mapping[str, Stat]) -> list[_Part]:
         folders = {"": folders[""]}
     elif len(folders) > 1:
         folders.pop("", None)  # the whole pipeline once more, as one file
-    if not folders:
+    if not folders and (needs_weights or ABOUT in stats):
         raise _nothing_to_load(uri, stats)
     return [_choose(folder, sorted(names)) for folder, names in sorted(folders.items())]
 

@@ -73,12 +73,13 @@ MEASURED_FROM_NBYTES = 64 << 20  # what comes in less than a second says little 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a caller asks for; see `weightcache.load_model` for each field. Not public are the last three.
+    """What a caller asks for; see `weightcache.load_model` for each field. Not public are the last four.
 
     Attributes:
         names: Exact names of tensors, in place of patterns.
         verb: What it is for, to residency policies.
         takes_images: Whether images in host memory may be used that others fill: the node daemon's, or another thread's.
+        needs_weights: Whether a model without safetensors is refused; its files can be carried as data.
     """
 
     uri: str
@@ -93,6 +94,7 @@ class Request:
     names: frozenset[str] | None = None
     verb: Verb = Verb.READ
     takes_images: bool = True
+    needs_weights: bool = True
 
 
 class _Memory:
@@ -340,6 +342,8 @@ def open_session(request: Request, report: Report, *, may_attach: bool = False) 
             with report.stage("import"):
                 from weightcache.origins.s3 import endpoint_of
             session.endpoint = endpoint_of(request.storage_options)
+        elif name.scheme == "hf":
+            session.endpoint = str(request.storage_options.get("endpoint") or "")
         if disk is not None:
             session.access.check_keep()
         if not offline or name.scheme == "file":
@@ -459,7 +463,7 @@ async def _describe_plain(session: Session, memory: _Memory) -> Manifest:
     """Describe a folder; if there is none, it may be the latest of a model of a registry."""
     assert session.origin is not None
     try:
-        return await describe(session.origin, memory)
+        return await describe(session.origin, memory, needs_weights=session.request.needs_weights)
     except (ModelNotFoundError, UnsafePathError) as exc:
         if await Registry(session.origin).is_there():
             raise UriError(
@@ -542,7 +546,7 @@ def _remembered(session: Session) -> Manifest:
     manifest = (
         session.disk.recall_manifest(session.key) if session.disk is not None and not session.name.model else None
     )
-    if manifest is None:
+    if manifest is None or (session.request.needs_weights and not manifest.weights):
         raise OfflineError(
             f"{session.name} is not on this node: load or prefetch it once without offline (weightcache ls shows what is "
             "here)",

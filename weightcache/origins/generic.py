@@ -104,6 +104,7 @@ class FsspecOrigin:
 
     async def check_unchanged(self, stats: Sequence[Stat]) -> None:
         """Raise OriginChangedError unless the files are still in these states; there is no If-Match in fsspec."""
+        await self._call(lambda: self._filesystem().invalidate_cache())
         for stat in stats:
             if await self._call(functools.partial(self._look_at, stat.path)) != stat:
                 raise OriginChangedError(
@@ -151,6 +152,7 @@ class FsspecOrigin:
 
     def _list(self) -> Sequence[Stat]:
         fs = self._filesystem()
+        fs.invalidate_cache()  # some keep listings whatever they are told, and fsspec keeps them for the whole process
         if self._file is not None:
             return [self._look_at(self._file)]
         root = fs._strip_protocol(self._uri).rstrip("/")
@@ -179,6 +181,7 @@ class FsspecOrigin:
             "etag",
             "md5Hash",
             "Content-MD5",
+            "blob_id",
             "mtime",
             "LastModified",
             "last_modified",
