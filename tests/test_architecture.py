@@ -57,7 +57,8 @@ LAYERS = (
     ("conductor", "cache registries"),
     ("care", "upkeep diagnosis"),
     ("the daemon's models", "daemon.residents"),
-    ("the daemon", "daemon.server daemon.warming daemon.web"),
+    ("the daemon", "daemon.server daemon.warming daemon.web daemon.hubwire"),
+    ("the Hub face", "daemon.hub"),
     ("the daemon's life", "daemon.node"),
 )
 LAYER = {name: number for number, (_, names) in enumerate(LAYERS) for name in names.split()} | {"": len(LAYERS)}

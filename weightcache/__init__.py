@@ -9,7 +9,7 @@ torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,7 @@ __all__ = [
     "revisions",
     "rulings",
     "serve",
+    "serve_hub",
     "sign",
     "simulate_cost",
     "status",
@@ -264,6 +265,35 @@ def serve() -> None:
     node.serve()
 
 
+def serve_hub(
+    models: Mapping[str, str | os.PathLike[str]] | None = None,
+    *,
+    address: str | None = None,
+    upstream: str | None = None,
+    on_ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Answer as a Hugging Face Hub until SIGTERM or SIGINT, for stacks that take models from one: `HF_ENDPOINT=<url>`.
+
+    Call it in the main thread of a process that does nothing else; the node daemon does the same where `[hub]` is
+    configured. Files come verified from host memory, the disk tier or their origin, and are kept on disk.
+
+    Args:
+        models: URIs of models by the names of their repositories, `org/name`; beside those of `[hub.models]`. `org/*` is
+            every name of an organisation, and `{name}` in its URI that name.
+        address: `host:port`, port 0 for a free one. The default is that of `[hub]`, else 127.0.0.1:8377. Whoever reaches it
+            can read all of these models.
+        upstream: The Hub that other repositories are fetched from, through this node's cache; the default is that of
+            `[hub]`, else there are no others.
+        on_ready: Called with the URL when requests are answered.
+
+    Raises:
+        ConfigError: Settings that cannot be used, or an address that cannot be listened at.
+    """
+    from weightcache.daemon import hub
+
+    hub.serve({repo: str(uri) for repo, uri in (models or {}).items()}, address, upstream, on_ready)
+
+
 def pull(
     uri: str | os.PathLike[str],
     folder: str | os.PathLike[str],
@@ -318,7 +348,7 @@ def read(
     offline: bool | None = None,
     storage_options: Mapping[str, Any] | None = None,
     timeout_s: float | None = None,
-) -> Iterator[memoryview]:
+) -> Generator[memoryview, None, None]:
     """Yield the bytes `[start, stop)` of one file of a model, in order, each verified, in pieces of at most 16 MiB.
 
     They come from where they are: host memory, the node daemon's included, the disk tier, else the origin, and are kept on

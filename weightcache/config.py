@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from weightcache.daemon.settings import DaemonSettings, Warm, read_daemon, read_warm
+from weightcache.daemon.settings import DaemonSettings, HubSettings, Warm, read_daemon, read_hub, read_warm
 from weightcache.digest import Digest
 from weightcache.errors import ConfigError
 from weightcache.prices import Overrides, read_overrides
@@ -86,6 +86,7 @@ class Settings:
         stores: What logical names stand for, by `[stores.<name>]`.
         daemon: How the node daemon works, by `[daemon]`.
         warm: What it brings here before it is asked for, by `[[warm]]`.
+        hub: The Hugging Face Hub that it answers as, by `[hub]`; None where there is no such table.
     """
 
     dir: Path
@@ -108,6 +109,7 @@ class Settings:
     stores: Mapping[str, Store] = field(default_factory=dict)
     daemon: DaemonSettings = field(default_factory=DaemonSettings)
     warm: tuple[Warm, ...] = ()
+    hub: HubSettings | None = None
 
     @property
     def socket_path(self) -> Path | None:
@@ -137,13 +139,14 @@ class Configuration:
         told = {
             name: getattr(settings, name)
             for name in self.sources
-            if name not in ("node", "policy", "stores", "daemon", "warm")
+            if name not in ("node", "policy", "stores", "daemon", "warm", "hub")
         }
         values = {name: {"value": _plain(value), "from": self.sources[name]} for name, value in told.items()}
         stores = {name: store.as_dict(settings.prices) for name, store in settings.stores.items()}
         node, policy = asdict(settings.node), settings.policy.to_form()
         file = None if self.file is None else str(self.file)
-        daemon = {"daemon": asdict(settings.daemon), "warm": [asdict(each) for each in settings.warm]}
+        hub = asdict(settings.hub) if settings.hub is not None else None
+        daemon = {"daemon": asdict(settings.daemon), "warm": [asdict(each) for each in settings.warm], "hub": hub}
         return {"file": file, "settings": values, "node": node, "policy": policy, "stores": stores} | daemon
 
 
@@ -184,6 +187,15 @@ def read_configuration(environment: Mapping[str, str] | None = None, file: Path 
     return Configuration(path if is_read else None, settings, changed)
 
 
+def read_hub_cache(environment: Mapping[str, str] | None = None) -> Path:
+    """Return where huggingface_hub keeps what it has downloaded, by the names that it reads itself."""
+    env = os.environ if environment is None else environment
+    below = env.get("XDG_CACHE_HOME", "~/.cache")
+    home = env.get("HF_HOME", f"{below}/huggingface")
+    named = env.get("HF_HUB_CACHE", env.get("HUGGINGFACE_HUB_CACHE", f"{home}/hub"))
+    return Path(os.path.expandvars(named)).expanduser().absolute()
+
+
 def read_surroundings() -> dict[str, dict[str, str]]:
     """Return by which places and credentials this process asks origins, each value as a digest: they may be secret."""
     groups = {"places": _PLACES, "credentials": _CREDENTIALS}
@@ -221,6 +233,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         "stores": partial(read_stores, source=source),
         "daemon": partial(read_daemon, source=source, read_bytes=read_bytes),
         "warm": partial(read_warm, source=source),
+        "hub": partial(read_hub, source=source),
     }
     values = read_table(_read_toml(path), "", source, _READERS | tables)
     if "node" in values:

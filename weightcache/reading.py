@@ -9,7 +9,7 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,7 +107,7 @@ class OpenModel:
 
     def read(
         self, path: str, start: int = 0, stop: int | None = None, n_ahead: int = GROUPS_AHEAD
-    ) -> Iterator[memoryview]:
+    ) -> Generator[memoryview, None, None]:
         """Yield the bytes `[start, stop)` of a file in order, each verified; to its end without `stop`.
 
         A piece stays valid as long as it is held. Closing the iterator early stops what is under way.
@@ -125,7 +125,7 @@ class OpenModel:
             raise UriError(f"range [{start}, {stop}) of {path}: expected one within its {shard.nbytes} bytes")
         return self._read(self._indexes[path], shard, start, stop, n_ahead)
 
-    def _read(self, index: int, shard: Shard, start: int, stop: int, n_ahead: int) -> Iterator[memoryview]:
+    def _read(self, index: int, shard: Shard, start: int, stop: int, n_ahead: int) -> Generator[memoryview, None, None]:
         left = deque(_groups(index, shard, start, stop))
         jobs: deque[tuple[Sequence[ChunkKey], Session, Job[dict[ChunkKey, memoryview]]]] = deque()
         try:
@@ -252,7 +252,7 @@ def list_files(request: Request) -> Listing:
     return model.listing
 
 
-def read(request: Request, path: str, start: int, stop: int | None) -> Iterator[memoryview]:
+def read(request: Request, path: str, start: int, stop: int | None) -> Generator[memoryview, None, None]:
     """Yield a range of a file; see `weightcache.read`."""
     model = OpenModel(request)
     try:

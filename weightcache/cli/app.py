@@ -17,6 +17,7 @@ from weightcache.cli.config import config
 from weightcache.cli.cost import cost
 from weightcache.cli.daemon import daemon, ps, status, warm
 from weightcache.cli.doctor import doctor
+from weightcache.cli.hub import hub
 from weightcache.cli.load import load, plan, prefetch, pull
 from weightcache.cli.options import output_options
 from weightcache.cli.output import Output
@@ -76,7 +77,7 @@ class Root(click.Group):
     commands=[
         *(load, pull, prefetch, plan),
         *(publish, tags, revisions, tag, diff, rm, gc, check, replicate, keygen, sign, trust, audit),
-        *(daemon, status, ps, warm),
+        *(daemon, status, ps, warm, hub),
         *(ls, verify, evict, pin, unpin, cost, config, doctor, completion),
     ],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},

@@ -28,6 +28,7 @@ from weightcache import _engine, meters, upkeep
 from weightcache._version import __version__
 from weightcache.config import Settings, read_settings, take_service_environment
 from weightcache.daemon import hugepages, web
+from weightcache.daemon.hub import Hub
 from weightcache.daemon.residents import Residents, describe_image
 from weightcache.daemon.server import Server
 from weightcache.daemon.service import ServiceManager, inherited_socket
@@ -103,6 +104,7 @@ class Daemon:
         works = (self.server.serve(sock), self.warming.run(), self._look(), self._tell_manager())
         tasks = [asyncio.create_task(each) for each in works]
         page = await self._open_page()
+        hub = await self._open_hub()
         self._manager.ready()
         preparing = asyncio.create_task(self._prepare())
         waited: list[asyncio.Task[Any]] = [asyncio.create_task(ended.wait()), *tasks]
@@ -122,8 +124,9 @@ class Daemon:
             await asyncio.gather(preparing, *waited, return_exceptions=True)
             await loop.run_in_executor(None, self.residents.close)
             await self.server.close()
-            if page is not None:
-                await page.close()
+            for face in (page, hub):
+                if face is not None:
+                    await face.close()
 
     async def _prepare(self) -> None:
         """Reserve huge pages, and touch memory once: its first use costs a virtual machine ten times what clearing does."""
@@ -171,6 +174,16 @@ class Daemon:
                 raise
             log.warning("no page and no metrics: %s", exc)
             return None
+
+    async def _open_hub(self) -> Hub | None:
+        """Answer as a Hugging Face Hub where that is configured. Raises ConfigError where it cannot be."""
+        settings = self.settings.hub
+        if settings is None or settings.address is None:
+            return None
+        hub = Hub(settings, may_attach=False)
+        port = await hub.serve(settings.address)
+        log.info("the Hub face answers at %s:%d", settings.address[0], port)
+        return hub
 
     def _reread(self) -> None:
         """Take the configuration as it is now; what is wrong with it changes nothing."""

@@ -1,4 +1,4 @@
-"""Own what is configured of the node daemon: the tables `[daemon]` and `[[warm]]`, and their reading. Pure.
+"""Own what is configured of the node daemon: the tables `[daemon]`, `[[warm]]` and `[hub]`, and their reading. Pure.
 
 Never holds a token: only the files that tokens are read from.
 """
@@ -17,6 +17,9 @@ from weightcache.tables import Reader, Unshown, read_flag, read_table
 TIERS = ("disk", "host")
 START = "start"
 DEFAULT_HTTP = ("127.0.0.1", 7677)
+DEFAULT_HUB = ("127.0.0.1", 8377)
+REPO = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]{0,95}(?:/\w[\w.-]{0,95})?", re.ASCII)
+ANY_NAME = "{name}"
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -89,10 +92,39 @@ class DaemonSettings:
     clients: tuple[ClientClass, ...] = field(default=())
 
 
+@dataclass(frozen=True, slots=True)
+class HubSettings:
+    """The table `[hub]`.
+
+    Attributes:
+        address: Where it is served; None is nowhere.
+        upstream: The Hub that repositories come from which are not among `models`; empty: they are not found.
+        models: The URIs of repositories by their names, `org/name`; `org/*` stands for all names of one organisation, and
+            `{name}` in its URI for the name.
+    """
+
+    address: tuple[str, int] | None = DEFAULT_HUB
+    upstream: str = ""
+    models: Mapping[str, str] = field(default_factory=dict)
+
+    def uri_of(self, repo: str) -> str:
+        """Return which model a repository is; empty where it is none of these."""
+        if repo in self.models:
+            return self.models[repo]
+        org, _, name = repo.rpartition("/")
+        return self.models.get(f"{org}/*", "").replace(ANY_NAME, name)
+
+
+def read_hub(given: object, source: str) -> HubSettings:
+    """Read the table `[hub]`. Raises ConfigError."""
+    readers: dict[str, Reader] = {"address": read_address, "upstream": read_endpoint, "models": _read_models}
+    return HubSettings(**read_table(given, "hub", source, readers))
+
+
 def read_daemon(given: object, source: str, read_bytes: Reader) -> DaemonSettings:
     """Read the table `[daemon]`. Raises ConfigError."""
     readers: dict[str, Reader] = {
-        "http": _read_address,
+        "http": read_address,
         "ready_bytes": read_bytes,
         "huge_bytes": read_bytes,
         "prefetch_bytes_per_s": read_bytes,
@@ -162,13 +194,46 @@ def _read_tables(value: object, name: str, source: str) -> list[Mapping[str, Any
     return value
 
 
-def _read_address(value: object) -> tuple[str, int] | None:
+def read_address(value: object) -> tuple[str, int] | None:
+    """Read `host:port`; nothing is nowhere. Raises ValueError."""
     if value == "":
         return None
     match = re.fullmatch(r"\[?([0-9A-Za-z.:-]+?)\]?:(\d{1,5})", str(value))
     if match is None or int(match[2]) > 65535:
         raise ValueError(f'an address such as "{DEFAULT_HTTP[0]}:{DEFAULT_HTTP[1]}", or "" for none')
     return match[1], int(match[2])
+
+
+def read_endpoint(value: object) -> str:
+    """Read the address of a Hub; nothing is none. Raises ValueError."""
+    if value == "":
+        return ""
+    if not re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w./-]*)?", str(value)):
+        raise ValueError('the address of a Hub such as "https://huggingface.co", or "" for none')
+    return str(value).rstrip("/")
+
+
+def _read_models(value: object) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise ValueError('URIs by names of repositories: "org/name" = "s3://bucket/model"')
+    return {read_repo(repo): check_model(repo, uri) for repo, uri in value.items()}
+
+
+def read_repo(value: object) -> str:
+    """Read the name of a repository, `org/name`, `name` or `org/*`. Raises ValueError."""
+    repo = str(value)
+    if not REPO.fullmatch(repo.removesuffix("*") + "x" if repo.endswith("/*") else repo):
+        raise ValueError(f'names of repositories such as "org/name", not {repo[:100]!r}')
+    return repo
+
+
+def check_model(repo: str, uri: object) -> str:
+    """Return the URI of a repository. Raises ValueError."""
+    if not isinstance(uri, str) or not uri:
+        raise ValueError(f"the URI of a model for {repo!r}")
+    if repo.endswith("/*") != (ANY_NAME in uri):
+        raise ValueError(f"{ANY_NAME!r} in the URI of {repo!r}, if its name ends in /*, and only then")
+    return uri
 
 
 def _read_text(value: object) -> str:
