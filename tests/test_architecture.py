@@ -54,7 +54,7 @@ LAYERS = (
     ("its files", "modelfiles arrival"),
     ("its delivery", "delivery"),
     ("its windows", "windows reading"),
-    ("conductor", "cache registries"),
+    ("conductor", "cache hubcache registries"),
     ("care", "upkeep diagnosis"),
     ("the daemon's models", "daemon.residents"),
     ("the daemon", "daemon.server daemon.warming daemon.web daemon.hubwire"),

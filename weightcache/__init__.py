@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from weightcache.comparing import Difference
     from weightcache.config import Configuration
     from weightcache.diagnosis import Finding
+    from weightcache.hubcache import Materialised, Removed
     from weightcache.publishing import Publication
     from weightcache.reading import Listing
     from weightcache.registries import RevisionRow, TagRow
@@ -54,6 +55,7 @@ __all__ = [
     "list_files",
     "load_into",
     "load_model",
+    "materialise",
     "metrics",
     "models",
     "pin",
@@ -63,6 +65,7 @@ __all__ = [
     "pull",
     "read",
     "remove",
+    "remove_materialised",
     "replicate",
     "revisions",
     "rulings",
@@ -292,6 +295,51 @@ def serve_hub(
     from weightcache.daemon import hub
 
     hub.serve({repo: str(uri) for repo, uri in (models or {}).items()}, address, upstream, on_ready)
+
+
+def materialise(
+    uri: str | os.PathLike[str],
+    repo: str,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    cache: str = "auto",
+    offline: bool | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    timeout_s: float | None = None,
+    progress: Progress | None = None,
+) -> Materialised:
+    """Lay a model out in the Hugging Face cache, where every stack finds it offline by its repository's name.
+
+    Files that lie there whole are not written again; the snapshot and `refs/main` appear last, so that a stack sees all of
+    the model or what was there before. A file of a local folder shares its blocks where the file system can (XFS, Btrfs).
+
+    Args:
+        repo: `org/name`, by which stacks ask for it.
+        cache_dir: The default is where huggingface_hub looks: HF_HUB_CACHE, or `hub` below HF_HOME.
+        cache: "none" keeps nothing beside in this node's own cache, which the next load would be warm from.
+
+    Raises:
+        CapacityError: There is no room for it; what was written whole stays, and is used by the next call.
+    """
+    from pathlib import Path
+
+    from weightcache import hubcache
+
+    request = _request(uri, None, None, cache, offline, storage_options, timeout_s, progress)
+    return hubcache.materialise(request, repo, None if cache_dir is None else Path(cache_dir))
+
+
+def remove_materialised(repo: str, *, cache_dir: str | os.PathLike[str] | None = None) -> Removed:
+    """Remove from the Hugging Face cache what `materialise` laid there; what others downloaded stays.
+
+    Raises:
+        ModelNotFoundError: Nothing of this repository was laid there.
+    """
+    from pathlib import Path
+
+    from weightcache import hubcache
+
+    return hubcache.remove(repo, None if cache_dir is None else Path(cache_dir))
 
 
 def pull(

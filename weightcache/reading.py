@@ -26,6 +26,7 @@ from weightcache.session import Request, Session, decide, describe_model, fall_b
 from weightcache.tiers.host import SharedImage, host_tier
 from weightcache.uri import Name
 
+N_COMMIT_DIGITS = 40  # as git's
 GROUP_NBYTES = 16 << 20  # one range: the first bytes are there after one, and in order they need not wait for more
 GROUPS_AHEAD = 8  # under way or waiting to be taken, of one read
 
@@ -58,6 +59,11 @@ class Listing:
     uri: str
     revision: str
     files: tuple[ModelFile, ...]
+
+    @property
+    def commit(self) -> str:
+        """How clients of the Hugging Face Hub call the revision: 40 hex digits."""
+        return Digest.parse(self.revision).hex[:N_COMMIT_DIGITS]
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
@@ -127,7 +133,7 @@ class OpenModel:
 
     def _read(self, index: int, shard: Shard, start: int, stop: int, n_ahead: int) -> Generator[memoryview, None, None]:
         left = deque(_groups(index, shard, start, stop))
-        jobs: deque[tuple[Sequence[ChunkKey], Session, Job[dict[ChunkKey, memoryview]]]] = deque()
+        jobs: deque[tuple[list[ChunkKey], Session, Job[dict[ChunkKey, memoryview]]]] = deque()
         try:
             while left or jobs:
                 while left and len(jobs) < n_ahead:
@@ -226,7 +232,7 @@ def _files_of(manifest: Manifest) -> tuple[ModelFile, ...]:
 
 def identity_of(shard: Shard) -> str:
     # With the path: some web servers name states by size and time, which two files can share.
-    return Digest.of(json.dumps([shard.path, shard.nbytes, shard.etag]).encode()).hex[:40]
+    return Digest.of(json.dumps([shard.path, shard.nbytes, shard.etag]).encode()).hex[:N_COMMIT_DIGITS]
 
 
 def _groups(index: int, shard: Shard, start: int, stop: int) -> Iterator[list[ChunkKey]]:

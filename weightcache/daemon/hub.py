@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from weightcache import registries
 from weightcache.config import read_settings
 from weightcache.daemon import hubwire
-from weightcache.daemon.hubwire import COMMIT, MAIN, N_COMMIT_DIGITS, Kind, Question
-from weightcache.daemon.settings import HubSettings, check_model, read_address, read_endpoint, read_repo
+from weightcache.daemon.hubwire import MAIN, Kind, Question
+from weightcache.daemon.settings import COMMIT, HubSettings, check_model, read_address, read_endpoint, read_repo
 from weightcache.daemon.web import CLOSE_S, is_named_so
 from weightcache.digest import Digest
 from weightcache.errors import (
@@ -31,7 +31,7 @@ from weightcache.errors import (
     UriError,
     WeightcacheError,
 )
-from weightcache.reading import ModelFile, OpenModel
+from weightcache.reading import N_COMMIT_DIGITS, ModelFile, OpenModel
 from weightcache.session import Request
 from weightcache.uri import Name
 
@@ -255,7 +255,7 @@ class Hub:
             raise _Refusal(HTTPStatus.NOT_FOUND, "RepoNotFound", f"no repository {repo}: it is not among [hub.models]")
         uri = uri or f"hf://{repo}"
         async with self._open(uri) as model:
-            commit = commit_of(model)
+            commit = model.listing.commit
             self._note(repo, commit, uri)
             if revision in (MAIN, commit):
                 yield model, commit
@@ -266,7 +266,7 @@ class Hub:
         )
         try:
             async with self._open(other) as model:
-                commit = commit_of(model)
+                commit = model.listing.commit
                 if COMMIT.fullmatch(revision) and is_ours and commit != revision:
                     raise _no_revision(question)
                 # A client that names a commit of the upstream must find it again under that name.
@@ -354,11 +354,6 @@ class Hub:
 
     async def _on_thread(self, work: Callable[..., Any], *arguments: object) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
-
-
-def commit_of(model: OpenModel) -> str:
-    """Return a model's revision as the Hub's clients expect one."""
-    return Digest.parse(model.listing.revision).hex[:N_COMMIT_DIGITS]
 
 
 def _headers_of(file: ModelFile, commit: str) -> dict[str, str]:

@@ -17,8 +17,6 @@ from weightcache.daemon.settings import REPO
 from weightcache.reading import ModelFile
 
 MAIN = "main"
-N_COMMIT_DIGITS = 40  # as git's
-COMMIT = re.compile(rf"[0-9a-f]{{{N_COMMIT_DIGITS}}}")
 MOST_PATH_CHARS = 4096
 _RANGE = re.compile(r"bytes=\s*(\d{0,19})\s*-\s*(\d{0,19})\s*", re.ASCII)
 

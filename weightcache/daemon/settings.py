@@ -19,6 +19,7 @@ START = "start"
 DEFAULT_HTTP = ("127.0.0.1", 7677)
 DEFAULT_HUB = ("127.0.0.1", 8377)
 REPO = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]{0,95}(?:/\w[\w.-]{0,95})?", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}")
 ANY_NAME = "{name}"
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 

@@ -189,6 +189,26 @@ class LocalOrigin:
                 f"cannot read {self.path(failed.stat.path)} at {failed.start}: {error.strerror}; look at the disk"
             ) from error
 
+    def copy_to(self, stat: Stat, fd: int) -> bool:
+        """Copy a file whole to an open one within the kernel, where file systems let: some share its blocks then.
+
+        Returns False where they do not, or only in part. Raises OriginChangedError, and OSError of what is written to.
+        """
+        with self._open(stat) as source:
+            try:
+                at = 0
+                while at < stat.nbytes:
+                    n_copied = os.copy_file_range(source, fd, stat.nbytes - at, at, at)
+                    if not n_copied:
+                        return False
+                    at += n_copied
+            except OSError as exc:
+                if exc.errno in (errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    return False
+                raise
+            self._check_unchanged(source, self.path(stat.path), stat)
+        return True
+
     @contextlib.contextmanager
     def _open(self, stat: Stat) -> Iterator[int]:
         """Open a file for the length of the block, which must find it in its state."""
