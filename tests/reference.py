@@ -44,3 +44,9 @@ def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
         whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         whole.update(raw(tensor))
     return whole.hexdigest()
+
+
+def hashes(folder: str | Path) -> dict[str, str]:
+    """Return the hash of each file below a folder, by its name there."""
+    files = {path.relative_to(folder).as_posix(): path for path in Path(folder).rglob("*") if path.is_file()}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}

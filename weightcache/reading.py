@@ -5,10 +5,12 @@ Never holds more of a read than a few groups of chunks, and never interprets wha
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -85,6 +87,7 @@ class OpenModel:
         self.report = Report(uri=request.uri)
         self._lock = threading.Lock()
         self._own: Session | None = None  # beside the one that is attached, for what the image has not
+        self._turns: defaultdict[ChunkKey, asyncio.Lock] = defaultdict(asyncio.Lock)  # one flight is one leader
         self._first = self._open(may_attach=may_attach)
         self.listing = Listing(request.uri, self.report.revision, _files_of(self._first.manifest))
         self._indexes = {shard.path: index for index, shard in enumerate(self._first.manifest.shards)}
@@ -139,14 +142,14 @@ class OpenModel:
                 while left and len(jobs) < n_ahead:
                     keys = left.popleft()
                     session = self._session_for(keys)
-                    jobs.append((keys, session, session.threads.start(_bring(session, keys))))
+                    jobs.append((keys, session, session.threads.start(self._bring(session, keys))))
                 keys, session, job = jobs[0]
                 try:
                     views = job.result()
                 except ImageLostError as exc:
                     self._leave_image(session, exc)
                     again = self._session_for(keys)
-                    jobs[0] = (keys, again, again.threads.start(_bring(again, keys)))
+                    jobs[0] = (keys, again, again.threads.start(self._bring(again, keys)))
                     continue
                 jobs.popleft()
                 for key in keys:
@@ -155,6 +158,26 @@ class OpenModel:
         finally:
             for _, _, job in jobs:
                 job.cancel()
+
+    async def _bring(self, session: Session, keys: Sequence[ChunkKey]) -> dict[ChunkKey, memoryview]:
+        """Bring chunks to scratch memory, from where they are."""
+        views: dict[ChunkKey, memoryview] = {}
+        held: SharedImage | None = self._first.attached
+        with contextlib.ExitStack() as holding:
+            if held is None:
+                held = host_tier.hold(session.key, str(session.manifest.revision), (), time.time())
+                if held is not None:
+                    holding.callback(host_tier.let_go, held)
+            elif held.failure:
+                held = None
+            async with contextlib.AsyncExitStack() as turns:
+                for key in keys:
+                    await turns.enter_async_context(self._turns[key])
+                passing = Passing(session, keys, views.__setitem__, Counter(None, 0))
+                plan = decide(session, keys, look(session, keys), held.layout.chunks if held else ())
+                # Waits for the disk: what waits to be written is held beside what was asked for, and is bounded so, too.
+                await move(session, transfer_of(session, passing, held=held, wait_for_disk=True), plan)
+        return views
 
     def close(self) -> None:
         """End the lease, and write down what was asked of the origin and learned. Nothing may be read meanwhile."""
@@ -190,24 +213,6 @@ class OpenModel:
             return  # of this process: it is not held a second time
         session.attached.failure = session.attached.failure or str(lost)
         fall_back(self.report, f"going on without the daemon's image: {lost}")
-
-
-async def _bring(session: Session, keys: Sequence[ChunkKey]) -> dict[ChunkKey, memoryview]:
-    """Bring chunks to scratch memory, from where they are."""
-    views: dict[ChunkKey, memoryview] = {}
-    held: SharedImage | None = session.attached
-    own = None
-    if held is None:
-        held = own = host_tier.hold(session.key, str(session.manifest.revision), keys, time.time())
-    try:
-        passing = Passing(session, keys, views.__setitem__, Counter(None, 0))
-        plan = decide(session, keys, look(session, keys), held.layout.chunks if held else ())
-        # Waits for the disk: what waits to be written is held beside what was asked for, and is bounded so, too.
-        await move(session, transfer_of(session, passing, held=held, wait_for_disk=True), plan)
-        return views
-    finally:
-        if own is not None:
-            host_tier.let_go(own)
 
 
 def _close(session: Session) -> None:
