@@ -223,8 +223,9 @@ def _close(session: Session) -> None:
     try:
         session.threads.run(close())
     finally:
-        session.settle()
+        wait_stored = session.settle()
         session.release()
+    wait_stored(None)  # what was learned is known to who reads next
 
 
 def _files_of(manifest: Manifest) -> tuple[ModelFile, ...]:

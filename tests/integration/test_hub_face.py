@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
@@ -233,6 +234,22 @@ def test_model_that_changed_is_another_commit(tmp_path: Path) -> None:
     assert (gone.status, gone.headers["X-Error-Code"]) == (404, "RevisionNotFound")
 
 
+def test_file_that_changes_while_it_is_sent_is_not_taken_for_whole(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    path = tmp_path / "model" / "a.gguf"
+    with path.open("wb") as file:
+        file.truncate(200 << 20)  # more than is read ahead of a client that takes nothing
+    with ServedHub({"org/a": str(path.parent)}) as face:
+        connection = http.client.HTTPConnection("127.0.0.1", face.port, timeout=CLIENT_TIMEOUT_S)
+        connection.request("GET", "/org/a/resolve/main/a.gguf")
+        response = connection.getresponse()
+        response.read(1)
+        os.utime(path, (1, 1))
+        with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+            response.read()
+        connection.close()
+
+
 def test_clients_at_the_same_time_cost_the_origin_one(hosted: Hosted, folder: Path) -> None:
     whole = (folder / "tiny.gguf").read_bytes()
     with ServedHub({"org/tiny": hosted.url}) as face, ThreadPoolExecutor(6) as clients:
@@ -311,6 +328,14 @@ def test_daemon_serves_what_it_has_in_memory(folder: Path, hosted: Hosted, start
     asked.port = port
     name = "model-00002-of-00003.safetensors"
     assert asked.ask(f"/org/tiny/resolve/main/{name}").body == (folder / name).read_bytes()
+    assert hosted.served_bytes() < 4096  # a header, which is no tensor
+
+
+def test_file_is_read_from_the_daemons_memory(hosted: Hosted, node: Node) -> None:
+    weightcache.warm(hosted.url)
+    hosted.proxy.reset()
+    name = "model-00002-of-00003.safetensors"
+    assert b"".join(weightcache.read(hosted.url, name, cache="auto")) == (hosted.folder / name).read_bytes()
     assert hosted.served_bytes() < 4096  # a header, which is no tensor
 
 

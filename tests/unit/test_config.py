@@ -9,12 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from weightcache.config import FILE_ONLY, MIB, Configuration, Settings, read_bytes, read_configuration, read_settings
+from weightcache.config import (
+    FILE_ONLY,
+    MIB,
+    Configuration,
+    Settings,
+    read_bytes,
+    read_configuration,
+    read_hub_cache,
+    read_settings,
+)
 from weightcache.errors import ConfigError
 from weightcache.residency import Policy, Site
 from weightcache.stores import Replica, Store
 
-TABLES = ("prices", "policy", "stores", "daemon", "warm")
+TABLES = ("prices", "policy", "stores", "daemon", "warm", "hub")
 N_ENVIRONMENT_NAMES = 12  # as the design allows
 
 
@@ -339,3 +348,17 @@ def test_bytes_are_read_in_decimal_and_binary_units(text: object, nbytes: int) -
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Settings(dir=Path("/")).offline = True  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("given", "folder"),
+    [
+        ({}, ".cache/huggingface/hub"),
+        ({"XDG_CACHE_HOME": "/xdg"}, "/xdg/huggingface/hub"),
+        ({"XDG_CACHE_HOME": "/xdg", "HF_HOME": "/hf"}, "/hf/hub"),
+        ({"HF_HOME": "/hf", "HUGGINGFACE_HUB_CACHE": "/old"}, "/old"),
+        ({"HF_HOME": "/hf", "HUGGINGFACE_HUB_CACHE": "/old", "HF_HUB_CACHE": "/new"}, "/new"),
+    ],
+)
+def test_hub_cache_is_where_the_hubs_client_has_it(given: dict[str, str], folder: str) -> None:
+    assert read_hub_cache(given) == Path.home() / folder

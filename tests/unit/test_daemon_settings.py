@@ -1,4 +1,4 @@
-"""The tables [daemon] and [[warm]]: what they may say, and what is said of what they may not."""
+"""The tables [daemon], [[warm]] and [hub]: what they may say, and what is said of what they may not."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from weightcache.config import read_configuration, read_settings
-from weightcache.daemon.settings import DEFAULT_HTTP, ClientClass, DaemonSettings, Warm, read_duration
+from weightcache.daemon.settings import (
+    DEFAULT_HTTP,
+    DEFAULT_HUB,
+    ClientClass,
+    DaemonSettings,
+    HubSettings,
+    Warm,
+    read_duration,
+)
 from weightcache.errors import ConfigError
 
 WHOLE = """
@@ -107,11 +115,35 @@ def test_no_page_is_served_where_none_is_wanted(tmp_path: Path) -> None:
         ('socket = "here"', "absolute path of a socket"),
         ("[daemon]\nhuge_bytes = 1", "expected host_budget_bytes to be set"),
         ("host_budget_bytes = 1\n[daemon]\nhuge_bytes = 2", "no less than that; it is 1"),
+        ("hub = 1", "expected a table"),
+        ("[hub]\nport = 1", "unknown setting 'hub.port'"),
+        ('[hub]\naddress = "here"', "expected an address"),
+        ('[hub]\nupstream = "https://user:secret@host"', "expected the address of a Hub"),
+        ('[hub.models]\n"org/../name" = "s3://b/m"', "names of repositories"),
+        ('[hub.models]\n"org/name" = 1', "the URI of a model for 'org/name'"),
+        ('[hub.models]\n"org/*" = "s3://b/m"', r"'\{name\}' in the URI of 'org/\*'"),
     ],
 )
 def test_what_cannot_be_used_is_named(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         read(tmp_path, text)
+
+
+def test_hub_is_not_served_unless_there_is_its_table(tmp_path: Path) -> None:
+    read(tmp_path, "")
+    path = tmp_path / "weightcache.toml"
+    assert read_configuration({"HOME": str(tmp_path)}, path).settings.hub is None
+    path.write_text("[hub]")
+    assert read_configuration({"HOME": str(tmp_path)}, path).settings.hub == HubSettings(address=DEFAULT_HUB)
+
+
+@pytest.mark.parametrize(
+    ("repo", "uri"),
+    [("org/one", "./one"), ("org/two", "s3://b/two@v1"), ("other/two", ""), ("gpt2", "./gpt2"), ("one", "")],
+)
+def test_repository_is_the_model_of_its_name_or_of_its_organisation(repo: str, uri: str) -> None:
+    settings = HubSettings(models={"org/*": "s3://b/{name}@v1", "org/one": "./one", "gpt2": "./gpt2"})
+    assert settings.uri_of(repo) == uri
 
 
 def test_a_token_is_not_repeated(tmp_path: Path) -> None:
