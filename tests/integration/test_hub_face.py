@@ -296,6 +296,18 @@ def test_residency_policy_refuses_a_repository(tmp_path: Path, hosted: Hosted, m
     assert not [line for line in hosted.proxy.requests if "config.json" in str(line)]
 
 
+def test_what_came_from_an_upstream_is_served_while_that_is_down(folder: Path) -> None:
+    path = "/org/tiny/resolve/main/config.json"
+    with ServedHub({"org/tiny": str(folder)}) as upstream:
+        with ServedHub({}, upstream=upstream.url) as face:
+            first = face.ask(path)
+        below = ServedHub({}, upstream=upstream.url)
+    with below as face:
+        again = face.ask(path)
+    assert (first.status, again.status, again.body) == (200, 200, (folder / "config.json").read_bytes())
+    assert again.headers["ETag"] == first.headers["ETag"]
+
+
 # Its commands
 
 
@@ -394,3 +406,14 @@ def test_pickled_weights_are_carried_as_data_and_refused_by_loads(tmp_path: Path
     assert b"".join(weightcache.read(tmp_path / "pickled", "pytorch_model.bin")) == b"never read"
     with pytest.raises(UnsafeFormatError):
         weightcache.load_model(tmp_path / "pickled", "cpu")
+
+
+# Its page
+
+
+def test_page_of_the_face_names_settings_that_there_are(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "stacks" / "hub.md").read_text()
+    (tmp_path / "weightcache.toml").write_text(page.partition("```toml\n")[2].partition("```")[0])
+    settings = weightcache.configuration(tmp_path / "weightcache.toml").settings
+    assert settings.hub is not None
+    assert settings.hub.uri_of("team/llama") == "s3://bucket/team/llama"
