@@ -213,6 +213,18 @@ def test_hostile_path_finds_nothing(face: ServedHub, path: str) -> None:
     assert face.ask(path).status == 404
 
 
+@pytest.mark.parametrize("revision", ["x%2F..%2F..%2Fother%2Fsmall@v1", "v1%2F", "blake3:..%2Fv1", "%00", ""])
+def test_hostile_revision_does_not_lead_to_another_registry(tmp_path: Path, revision: str) -> None:
+    (tmp_path / "model").mkdir()
+    models.write_safetensors(tmp_path / "model" / "model.safetensors", {"a": ("F32", (99,))})
+    for name in ("own", "other"):
+        weightcache.publish(tmp_path / "model", f"{tmp_path / name}/small@v1")
+    (tmp_path / "own" / "small@x").mkdir()  # without it the system goes no further
+    with ServedHub({"org/small": f"{tmp_path}/own/small@v1"}) as face:
+        answer = face.ask(f"/org/small/resolve/{revision}/model.safetensors")
+    assert (answer.status, answer.headers["X-Error-Code"]) == (404, "RevisionNotFound")
+
+
 def test_other_name_of_this_machine_is_not_answered(face: ServedHub) -> None:
     assert face.ask("/api/models/org/tiny", Host="evil.example").status == 421
 

@@ -278,6 +278,8 @@ class Hub:
 
     async def _uri_of_revision(self, name: Name, repo: str, revision: str, *, is_ours: bool) -> str:
         """Return the URI of a state of a repository that is not its present one. Raises _Refusal."""
+        if not hubwire.REVISION.fullmatch(revision):
+            raise _no_revision(Question(Kind.INFO, repo, revision))
         if not is_ours:
             return f"hf://{repo}@{revision}"
         if not name.model:

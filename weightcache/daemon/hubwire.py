@@ -17,6 +17,8 @@ from weightcache.daemon.settings import REPO
 from weightcache.reading import ModelFile
 
 MAIN = "main"
+# Without a slash: what is put behind a repository's URI must not lead out of it.
+REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 MOST_PATH_CHARS = 4096
 _RANGE = re.compile(r"bytes=\s*(\d{0,19})\s*-\s*(\d{0,19})\s*", re.ASCII)
 
