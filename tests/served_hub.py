@@ -14,7 +14,7 @@ import uvloop
 from weightcache.daemon.hub import Hub
 from weightcache.daemon.settings import HubSettings
 
-PATIENCE_S = 60.0
+PATIENCE_S = 300.0
 
 
 @dataclass(frozen=True)
