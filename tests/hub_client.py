@@ -70,16 +70,20 @@ def main(below: str, folder: str, laid: str) -> dict[str, Any]:
             "upstream": named(lambda: hf_hub_download("org/none", "config.json", endpoint=below)),
         },
         "below": hashes(snapshot_download("org/tiny", endpoint=below, cache_dir=f"{laid}-below")),
-        "offline": hashes(snapshot_download("org/laid", cache_dir=laid, local_files_only=True)),
-        "weights": {
-            "folder": weights(folder),
-            "face": weights("org/tiny"),
-            "offline": weights("org/laid", cache_dir=laid, local_files_only=True),
-        },
+        "weights": {"folder": weights(folder), "face": weights("org/tiny")},
         "tokens": tokenizer("hello world")["input_ids"],
     }
 
 
+def offline(laid: str) -> dict[str, Any]:
+    """Tell what is found in a cache, as with HF_HUB_OFFLINE=1, which is read at import."""
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    return {
+        "offline": hashes(snapshot_download("org/laid", cache_dir=laid)),
+        "offline weights": weights("org/laid", cache_dir=laid),
+    }
+
+
 if __name__ == "__main__":
-    told = main(*sys.argv[1:])
+    told = main(*sys.argv[1:]) | offline(sys.argv[3])
     sys.stdout.write(f"{json.dumps(told)}\n")
