@@ -427,7 +427,7 @@ def keep_in_host(
         on_kept: Called on the loop thread as soon as there is an image to attach to, which may still be being filled.
             It is held for whoever is told: `host_tier.let_go` of it.
         here_only: Fill none.
-        is_ahead: Nobody waits for it: fill none for which models of more value would leave.
+        is_ahead: Nobody asked for it: fill none for which models of more value would leave.
     """
     with report.stage("open"):
         session = open_session(request, report)

@@ -324,7 +324,7 @@ def test_what_is_expected_is_fetched_before_it_is_asked_for(
     assert len(Forecast.from_form(json.loads(past.read_text())).to_form()["models"][hosted.url][1]) == 12
 
 
-def test_a_list_does_not_drive_out_what_is_expected(
+def test_a_list_is_a_demand_and_drives_out_what_is_expected(
     start: Callable[..., Node], hosted: Hosted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in _as_environment(hosted).items():
@@ -335,9 +335,8 @@ def test_a_list_does_not_drive_out_what_is_expected(
     wait_until(lambda: [each["what"] for each in node.state()["decisions"]] == ["fetch"])
     node.write(f'{configuration}[[warm]]\nmodel = "{hosted.folder}"\ntier = "host"\n')
     node.signal(signal.SIGHUP)
-    wait_until(lambda: [each["what"] for each in node.state()["decisions"]] == ["leave", "fetch"])
-    assert "models of more value" in node.state()["decisions"][0]["why"]
-    assert list(node.images()) == [hosted.url]
+    wait_until(lambda: [each["why"][:7] for each in node.state()["decisions"]] == ["by list", "by fore"])
+    assert list(node.images()) == [str(hosted.folder)]
 
 
 def test_what_nobody_uses_is_demoted(start: Callable[..., Node], hosted: Hosted) -> None:

@@ -33,7 +33,6 @@ N_THREADS = 16  # requests that describe or fill at the same time
 N_LOADS = 50  # that are remembered
 N_DECISIONS = 100
 TIERS = ("origin", "disk", "host")
-AHEAD = ("list", "tag", "forecast")  # why a model is brought that nobody waits for
 COSTS = ("usd", "received_bytes", "n_gets", "saved_bytes", "wasted_prefetch_bytes")
 LEAST_TELLING_NBYTES = 64 << 20  # a load of less says nothing of a rate
 LOOK_S = 0.05
@@ -181,7 +180,7 @@ class Residents:
             try:
                 if tier == "disk":
                     return cache.prefetch(asked, "disk")
-                return cache.keep_in_host(asked, report, on_kept, here_only=here_only, is_ahead=why in AHEAD)
+                return cache.keep_in_host(asked, report, on_kept, here_only=here_only, is_ahead=why == "forecast")
             except concurrent.futures.CancelledError as exc:
                 raise DaemonError(f"the daemon ended before it had brought {request.uri}") from exc
 
