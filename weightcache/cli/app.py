@@ -37,6 +37,7 @@ from weightcache.cli.registry import (
     trust,
 )
 from weightcache.cli.store import evict, ls, pin, unpin, verify
+from weightcache.cli.vllm import vllm
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class Root(click.Group):
     commands=[
         *(load, pull, prefetch, plan),
         *(publish, tags, revisions, tag, diff, rm, gc, check, replicate, keygen, sign, trust, audit),
-        *(daemon, status, ps, warm, hub),
+        *(daemon, status, ps, warm, hub, vllm),
         *(ls, verify, evict, pin, unpin, cost, config, doctor, completion),
     ],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
