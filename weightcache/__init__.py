@@ -347,6 +347,7 @@ def pull(
     folder: str | os.PathLike[str],
     *,
     weights: bool = True,
+    headers: bool = False,
     cache: str = "auto",
     offline: bool | None = None,
     storage_options: Mapping[str, Any] | None = None,
@@ -360,13 +361,15 @@ def pull(
     Args:
         weights: False leaves the weights out: configuration, tokenizer and code as data, for stacks that want a folder of
             them beside weights from here.
+        headers: Without weights, begin each safetensors file of the model nevertheless: its header alone, for stacks that
+            read names and dtypes before they load. Whoever takes such a file for weights is told that it is cut short.
     """
     from pathlib import Path
 
     from weightcache import cache as conductor
 
     request = _request(uri, None, None, cache, offline, storage_options, timeout_s, progress)
-    return conductor.pull(request, Path(folder), weights=weights)
+    return conductor.pull(request, Path(folder), weights=weights, headers=headers)
 
 
 def list_files(

@@ -520,18 +520,18 @@ def base_of(session: Session) -> str:
     return session.base if "://" in session.base or not (session.base and root) else f"{root}/{session.base}"
 
 
-def pull(request: Request, folder: Path, *, weights: bool) -> Report:
+def pull(request: Request, folder: Path, *, weights: bool, headers: bool) -> Report:
     """Write a model's files, bit for bit; see `weightcache.pull`."""
     report = Report(uri=request.uri)
     with report.stage("open"):
         session = open_session(replace(request, needs_weights=False), report)
 
-    roles = (Role.FILE, Role.WEIGHTS, Role.FOREIGN) if weights else (Role.FILE,)
+    roles = {Role.FILE: True, Role.WEIGHTS: weights or headers, Role.FOREIGN: weights}
 
     def names() -> dict[int, str]:
-        return {index: shard.path for index, shard in enumerate(session.manifest.shards) if shard.role in roles}
+        return {index: shard.path for index, shard in enumerate(session.manifest.shards) if roles.get(shard.role)}
 
-    _pull(session, folder, names)
+    _pull(session, folder, names, headers_only=not weights)
     return report
 
 
@@ -555,14 +555,23 @@ def place_artefacts(request: Request, folder: Path) -> dict[str, str]:
     return told
 
 
-def _pull(session: Session, folder: Path, choose: Callable[[], Mapping[int, str]]) -> None:
+def _pull(
+    session: Session, folder: Path, choose: Callable[[], Mapping[int, str]], *, headers_only: bool = False
+) -> None:
     """Write files: those whose indexes are chosen when the model is described, by the names chosen for them."""
     pulled = PulledFiles(folder)
 
     def keys() -> list[ChunkKey]:
         names = choose()
         pulled.begin(session.manifest, names)
-        return [(index, chunk) for index in names for chunk in range(len(session.manifest.shards[index].chunks))]
+        shards = {index: session.manifest.shards[index] for index in names}
+        stops = {index: shard.tensors[0].start for index, shard in shards.items() if headers_only and shard.tensors}
+        return [
+            (index, number)
+            for index, shard in shards.items()
+            for number, chunk in enumerate(shard.chunks)
+            if chunk.start < stops.get(index, shard.nbytes)
+        ]
 
     try:
         _through(session, keys, pulled.write, session.report)

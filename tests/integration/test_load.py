@@ -460,6 +460,18 @@ def test_pull_without_weights_writes_what_lies_beside_them(
     assert report.bytes["origin"] == sum(map(len, beside.values()))
 
 
+def test_pull_of_headers_tells_the_tensors_and_is_no_model(motley: Path, bucket: Bucket, tmp_path: Path) -> None:
+    url, options = bucket.upload(motley, "motley"), bucket.server.storage_options()
+    weightcache.pull(url, tmp_path / "pulled", weights=False, headers=True, storage_options=options)
+    pulled = contents(tmp_path / "pulled")
+    for path in motley.glob("*.safetensors"):
+        whole = path.read_bytes()
+        assert pulled[path.name] == whole[: 8 + int.from_bytes(whole[:8], "little")]
+    assert "pytorch_model.bin" not in pulled
+    with pytest.raises(weightcache.errors.FormatError, match="ends|bytes"):
+        weightcache.load_model(tmp_path / "pulled", "cpu")
+
+
 def test_pull_replaces_what_had_a_files_name(motley: Path, bucket: Bucket, tmp_path: Path, options: Options) -> None:
     target = tmp_path / "pulled"
     (target / "onnx").mkdir(parents=True)

@@ -44,8 +44,8 @@ def vllm() -> None:
 def serve(output: Output, /, uri: str, arguments: Sequence[str], storage_options: Mapping[str, Any]) -> None:
     """Serve a model with vLLM, its weights streamed from where they are.
 
-    Brings configuration and tokenizer into a folder below the cache folder, and runs `vllm serve` on it, whose weights
-    come by the load format weightcache. Options of weightcache stand before the URI, those of vLLM behind it.
+    Brings configuration, tokenizer and the weights' headers into a folder below the cache folder, and runs `vllm serve` on
+    it, whose weights come by the load format weightcache. Options of weightcache stand before the URI, those of vLLM behind it.
 
     Example: weightcache vllm serve s3://bucket/llama-3-8b --port 8000
     """
@@ -64,7 +64,9 @@ def serve(output: Output, /, uri: str, arguments: Sequence[str], storage_options
         ) from exc
     try:
         with output.progress("pull") as progress:
-            report = weightcache.pull(uri, staging, weights=False, storage_options=storage_options, progress=progress)
+            report = weightcache.pull(
+                uri, staging, weights=False, headers=True, storage_options=storage_options, progress=progress
+            )
         folder = kept / f"{name}-{report.revision.partition(':')[2][:16]}"
         if not folder.is_dir():
             staging.rename(folder)  # never over another: a server that runs may read its files again
