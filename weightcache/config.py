@@ -36,7 +36,7 @@ _CREDENTIALS = (
     *("AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE", "HF_TOKEN", "GOOGLE_APPLICATION_CREDENTIALS"),
     "AZURE_STORAGE_ACCOUNT",
 )
-FILE_ONLY = frozenset({"attempts", "max_bytes_per_s", "redirect_hosts", "timeout_s"})
+FILE_ONLY = frozenset({"attempts", "loras", "max_bytes_per_s", "redirect_hosts", "timeout_s"})
 SERVICE_NAMES = (
     *("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"),
     *("LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES"),
@@ -78,6 +78,7 @@ class Settings:
         host_budget_bytes: Most bytes of images that this process keeps in host memory; 0 means half of what is
             available. Freed memory kept for the next load is at most an eighth of that, and no more than this.
         libcuda: The driver to open; another one is for tests.
+        loras: Where adapters are that vLLM is asked for by name, each at `{loras}/{name}`; empty is nowhere. In the file only.
         socket: The node daemon's; without it, `daemon/socket` below the cache folder. A load uses a daemon that
             answers there. "none": no daemon.
         prices: A table for each provider or host whose prices are not those of `weightcache.prices`.
@@ -102,6 +103,7 @@ class Settings:
     timeout_s: float = 0.0
     host_budget_bytes: int = 0
     libcuda: str = "libcuda.so.1"
+    loras: str = ""
     socket: str = ""
     prices: Overrides = field(default_factory=dict)
     node: Site = field(default_factory=Site)
@@ -310,6 +312,12 @@ def _read_library(value: object) -> str:
     return value
 
 
+def _read_place(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("a URL or folder")
+    return value.rstrip("/")
+
+
 def _read_socket(value: object) -> str:
     if not isinstance(value, str) or not (value == NO_SOCKET or Path(value).expanduser().is_absolute()):
         raise ValueError(f'the absolute path of a socket, or "{NO_SOCKET}"')
@@ -337,5 +345,6 @@ _READERS: dict[str, Reader] = {
     "timeout_s": _read_seconds,
     "host_budget_bytes": read_bytes,
     "libcuda": _read_library,
+    "loras": _read_place,
     "socket": _read_socket,
 }

@@ -468,7 +468,7 @@ def test_pull_of_headers_tells_the_tensors_and_is_no_model(motley: Path, bucket:
         whole = path.read_bytes()
         assert pulled[path.name] == whole[: 8 + int.from_bytes(whole[:8], "little")]
     assert "pytorch_model.bin" not in pulled
-    with pytest.raises(weightcache.errors.FormatError, match="ends|bytes"):
+    with pytest.raises(weightcache.errors.FormatError, match="cut short"):
         weightcache.load_model(tmp_path / "pulled", "cpu")
 
 
