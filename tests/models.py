@@ -237,7 +237,7 @@ def write_tiny_sharded(folder: Path, n_shards: int = 3, seed: int = 0) -> None:
     write_sharded(folder, llama_shapes(TINY_CONFIG), n_shards, seed)
     _write_json(folder / "config.json", TINY_CONFIG)
     _write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
-    _write_json(folder / "tokenizer.json", _word_tokenizer())
+    _write_json(folder / "tokenizer.json", word_tokenizer())
     _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
     (folder / "modeling_tiny.py").write_text('raise RuntimeError("code from a checkpoint was run")\n')
 
@@ -311,7 +311,7 @@ def _vae_shapes() -> Shapes:
     }
 
 
-def _word_tokenizer() -> dict[str, Any]:
+def word_tokenizer() -> dict[str, Any]:
     """Return a tokenizer.json that the tokenizers library reads."""
     vocabulary = {word: number for number, word in enumerate(["[UNK]", "<s>", "</s>", "hello", "world"])}
     return {
