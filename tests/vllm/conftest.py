@@ -8,15 +8,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import engine
 import pytest
+import vllm_engine as engine
+
+SPEC = find_spec("vllm")
+IS_HERE = (
+    SPEC is not None and SPEC.origin is not None
+)  # this folder passes for a package, too, but for one without code
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     own = [item for item in items if Path(__file__).parent in item.path.parents]
     for item in own:
         item.add_marker(pytest.mark.filterwarnings("ignore"))  # vLLM's and its libraries', by the dozen
-        if find_spec("vllm") is None:
+        if not IS_HERE:
             item.add_marker(
                 pytest.mark.skip(reason="vLLM is not installed here; `make test-vllm` installs and runs it")
             )

@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import engine
 import pytest
-from engine import Tokens
+import vllm_engine as engine
 from hosted import Hosted, host
 from nodes import Node
 from servers import Bucket, Proxy
+from vllm_engine import Tokens
 
 import weightcache
 

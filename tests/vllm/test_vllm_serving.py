@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import engine
 import pytest
-from engine import Tokens
+import vllm_engine as engine
 from hosted import host
 from nodes import wait_until
 from servers import Bucket, Proxy
+from vllm_engine import Tokens
 
 READY_TIMEOUT_S = 400.0  # three processes that import vLLM, one after the other
 END_TIMEOUT_S = 60.0

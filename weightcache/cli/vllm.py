@@ -50,7 +50,8 @@ def serve(output: Output, /, uri: str, arguments: Sequence[str], storage_options
     Example: weightcache vllm serve s3://bucket/llama-3-8b --port 8000
     """
     check_arguments(arguments)
-    if find_spec("vllm") is None:
+    found = find_spec("vllm")
+    if found is None or found.origin is None:  # a folder of that name passes for a package, but has no origin
         raise errors.ConfigError(f"vLLM is not installed for {sys.executable}: install it there, with pip install vllm")
     name = name_of(uri)
     kept = weightcache.configuration().settings.dir / "vllm"
@@ -89,7 +90,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
 
 def name_of(uri: str) -> str:
     """Return what a model is called: the last part of its URI, without a tag."""
-    return uri.rstrip("/").rpartition("/")[2].partition("@")[0] or "model"
+    return uri.rstrip("/.").rpartition("/")[2].partition("@")[0] or "model"
 
 
 def pinned(uri: str, revision: str) -> str:
