@@ -58,8 +58,9 @@ from weightcache.tiers.host import (
     host_budget_bytes,
     host_tier,
     image_bytes,
+    limit_freed,
 )
-from weightcache.windows import Windows
+from weightcache.windows import WINDOW_NBYTES, Windows
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +72,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PREFETCH_TIERS = ("disk", "host")
+FREED_NBYTES = WINDOW_NBYTES * 5 // 4  # one window, which is used again if it is at most a quarter too large
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +222,7 @@ def _stream(
     revision, left = None, set[str]()
     while True:
         session, where = open_for(request, device, report)
+        limit_freed(min(session.settings.host_budget_bytes or FREED_NBYTES, FREED_NBYTES))
         windows_ahead = Windows(session, where)
         try:
             names = {tensor.name for tensor in windows_ahead.begin()}
@@ -242,6 +245,7 @@ def _stream(
             windows_ahead.close()
             session.settle()
             session.release()
+            limit_freed(0)  # who streams has the tensors elsewhere now, and another use for the memory
         order = [name for name in request.order if name in left]
         request = replace(request, takes_images=False, names=frozenset(left), include=None, exclude=None, order=order)
 

@@ -473,6 +473,13 @@ def keep_freed(setting: int) -> None:
         _engine.pool_limit(min(setting, available) if setting else available)
 
 
+def limit_freed(nbytes: int) -> None:
+    """Keep no more freed memory than this, until `keep_freed` is called again."""
+    global _keeps_freed
+    _keeps_freed = False
+    _engine.pool_limit(nbytes)
+
+
 _keeps_freed = False
 
 
