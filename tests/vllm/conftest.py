@@ -12,9 +12,7 @@ import pytest
 import vllm_engine as engine
 
 SPEC = find_spec("vllm")
-IS_HERE = (
-    SPEC is not None and SPEC.origin is not None
-)  # this folder passes for a package, too, but for one without code
+IS_HERE = SPEC is not None and SPEC.origin is not None  # without an origin it is this folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,9 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in own:
         item.add_marker(pytest.mark.filterwarnings("ignore"))  # vLLM's and its libraries', by the dozen
         if not IS_HERE:
-            item.add_marker(
-                pytest.mark.skip(reason="vLLM is not installed here; `make test-vllm` installs and runs it")
-            )
+            item.add_marker(pytest.mark.skip(reason="vLLM is not installed here: run `make test-vllm`"))
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from servers import Bucket, Proxy
 from vllm_engine import Tokens
 
 READY_TIMEOUT_S = 400.0  # three processes that import vLLM, one after the other
-END_TIMEOUT_S = 60.0
+END_TIMEOUT_S = 120.0
 ANSWER_TIMEOUT_S = 120.0
 HEADER_NBYTES = (
     128 << 10
@@ -46,7 +46,7 @@ def write_adapter(folder: Path) -> None:
 
 
 class Served:
-    """`weightcache vllm serve` of a URI, ready when the constructor returns."""
+    """`weightcache vllm serve` of a URI, ready after `wait`."""
 
     def __init__(self, log: Path, uri: str, *arguments: str) -> None:
         with socket.socket() as found:
@@ -58,6 +58,8 @@ class Served:
         with log.open("w") as file:
             command = [sys.executable, "-m", "weightcache", "vllm", "serve", uri, *own]
             self.process = subprocess.Popen(command, stdout=file, stderr=file)
+
+    def wait(self) -> None:
         wait_until(self._is_ready, READY_TIMEOUT_S)
 
     def _is_ready(self) -> bool:
@@ -90,6 +92,7 @@ class Served:
 def served(log: Path, uri: str, *arguments: str) -> Iterator[Served]:
     server = Served(log, uri, *arguments)
     try:
+        server.wait()
         yield server
     finally:
         server.process.terminate()
