@@ -95,7 +95,8 @@ class WeightcacheLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is no
             nonlocal arrived
             arrived = done, total
 
-        tensors = weightcache.stream(uri, "cpu", storage_options=self._given.storage_options, progress=note)
+        options = self._given.storage_options if "://" in uri else None  # which a folder has no use for
+        tensors = weightcache.stream(uri, "cpu", storage_options=options, progress=note)
         began = resumed = logged = time.perf_counter()
         waited_s = 0.0
         try:

@@ -72,6 +72,8 @@ def test_reloads_from_the_place_that_is_named_and_stays_there(
     assert engine.generate(made) == expected[1]
     engine.reload(made)
     assert engine.generate(made) == expected[1]
+    engine.reload(made, str(folders[0]))
+    assert engine.generate(made) == expected[0]
 
 
 def test_says_in_vllms_log_where_the_bytes_came_from(
