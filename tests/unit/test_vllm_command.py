@@ -17,7 +17,7 @@ REVISION = "blake3:" + "0" * 64
 def test_command_names_folder_load_format_uri_and_what_the_model_is_called() -> None:
     command = serve_command(Path("/kept/llama"), "s3://b/llama", {"anon": True}, "llama", ["--port", "1"])
     extra = json.dumps({"uri": "s3://b/llama", "storage_options": {"anon": True}})
-    vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "/kept/llama"]
+    vllm = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve", "/kept/llama"]
     own = ["--load-format", "weightcache", "--model-loader-extra-config", extra, "--served-model-name", "llama"]
     assert command == [*vllm, *own, "--port", "1"]
 

@@ -106,8 +106,9 @@ def serve_command(
 ) -> list[str]:
     """Return the command line that serves a model whose files beside the weights are in a folder."""
     extra = {"uri": uri} | ({"storage_options": storage_options} if storage_options else {})
-    # By this interpreter, not by PATH: where weightcache is, so is the plugin.
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
+    # By this interpreter, not by PATH: where weightcache is, so is the plugin. As vLLM's own script does it, without the
+    # working folder, whose packages would hide those that are installed (-P).
+    command = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
     command += ["--load-format", "weightcache", "--model-loader-extra-config", json.dumps(extra)]
     if NAME not in _flags(arguments):
         command += [NAME, name]
