@@ -77,10 +77,15 @@ FREED_NBYTES = WINDOW_NBYTES * 5 // 4  # one window, which is used again if it i
 
 @dataclass(frozen=True, slots=True)
 class PlannedLoad:
-    """What a load would do, decided without moving a weight byte; `choices` are those of its report so far."""
+    """What a load would do, decided without moving a weight byte; `choices` are those of its report so far.
+
+    Attributes:
+        names: Of the tensors wanted, in file order; not in `as_dict`.
+    """
 
     uri: str
     revision: str
+    names: tuple[str, ...]
     n_tensors: int
     tensor_bytes: int
     image_bytes: int
@@ -95,7 +100,7 @@ class PlannedLoad:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as plain values, for JSON."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return {name: getattr(self, name) for name in self.__slots__ if name != "names"}
 
 
 def load(request: Request, device: str | torch.device, dtype: str | torch.dtype | None = None) -> LoadedModel:
@@ -359,6 +364,7 @@ def plan(request: Request) -> PlannedLoad:
     return PlannedLoad(
         uri=request.uri,
         revision=str(manifest.revision),
+        names=tuple(tensor.name for tensor in wanted),
         n_tensors=len(wanted),
         tensor_bytes=sum(tensor.entry.nbytes for tensor in wanted),
         image_bytes=image_nbytes,

@@ -576,11 +576,14 @@ def wanted_names(request: Request) -> Callable[[str], bool]:
         return request.names.__contains__
     include = _patterns(request.include)
     exclude = _patterns(request.exclude) or []
+    # A loader may name thousands of tensors one by one.
+    named = frozenset(include or ())
+    patterns = [each for each in include or () if set(each) & set("*?[")]
 
     def wanted(name: str) -> bool:
-        return (include is None or any(fnmatch.fnmatchcase(name, each) for each in include)) and not any(
-            fnmatch.fnmatchcase(name, each) for each in exclude
-        )
+        return (
+            include is None or name in named or any(fnmatch.fnmatchcase(name, each) for each in patterns)
+        ) and not any(fnmatch.fnmatchcase(name, each) for each in exclude)
 
     return wanted
 
