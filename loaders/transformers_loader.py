@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 Device = int | str | torch.device
 
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+
 # What stacks take for a folder or the Hub and cannot be honoured here, and what is there instead.
 REFUSED = {
     "revision": "name the revision in the URI: …/model@tag",
@@ -78,6 +80,8 @@ def load(
         kwargs["device_map"] = device_map = _device_map(kwargs.get("device_map"))
         device = _only_device(device_map)
         arriving = begin(lambda names: {device: names}) if device else None
+        if arriving:
+            arriving.pending()  # described: so it is described once
         folder = stack.enter_context(pulled(uri, options)) / subfolder
         config, model_class, shell, kwargs = _describe(uri, cls, folder, kwargs)
         if arriving is None:
@@ -145,7 +149,7 @@ def _load_beside(uri: str, cls: Any, options: Mapping[str, Any], subfolder: str,
     """Load a tokenizer, a processor or a configuration. Its files stay as long as it does: some are read late."""
     folder, remove = _pull(uri, options)
     try:
-        kwargs["trust_remote_code"] = _trusted(uri, folder / subfolder, kwargs)
+        kwargs["trust_remote_code"] = trusted(uri, folder / subfolder, kwargs)
         with refusals_named(uri):
             loaded = cls.from_pretrained(str(folder / subfolder), **kwargs)
         if hasattr(loaded, "name_or_path"):
@@ -164,16 +168,16 @@ def _describe(uri: str, cls: Any, folder: Path, kwargs: dict[str, Any]) -> tuple
         raise errors.IncompleteModelError(
             f"{uri} has no config.json, which transformers builds models by{hint}", uri=uri
         )
-    kwargs["trust_remote_code"] = trusted = _trusted(uri, folder, kwargs)
+    kwargs["trust_remote_code"] = is_trusted = trusted(uri, folder, kwargs)
     config, is_auto = kwargs.pop("config", None), hasattr(cls, "_model_mapping")
     with refusals_named(uri):
         if not isinstance(config, transformers.PretrainedConfig):
             kept = {name: kwargs.pop(name) for name in OF_THE_MODEL if name in kwargs}
             reader = transformers.AutoConfig if is_auto else cls.config_class
             config, kwargs = reader.from_pretrained(config or str(folder), return_unused_kwargs=True, **kwargs)
-            kwargs |= {**kept, "trust_remote_code": trusted}
+            kwargs |= {**kept, "trust_remote_code": is_trusted}
         # The one public way from an Auto class to the class it stands for.
-        shell = _on_meta(lambda: cls.from_config(config, trust_remote_code=trusted)) if is_auto else None
+        shell = _on_meta(lambda: cls.from_config(config, trust_remote_code=is_trusted)) if is_auto else None
     if shell is not None:
         cls, config = type(shell), shell.config
     return config, cls, shell, kwargs
@@ -204,7 +208,6 @@ def _build(
         raise errors.ConfigError(
             f"{uri} is quantised with torchao, which reads the headers of files: weightcache.pull it, and load the folder"
         )
-    trusted = kwargs["trust_remote_code"]
     loaded = cls.from_pretrained(None, config=config, state_dict=tensors, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.name_or_path = model.config.name_or_path = uri
@@ -212,21 +215,28 @@ def _build(
         # As from_pretrained does it, from the folder that it was not told of.
         where = {"cache_dir": None, "force_download": False, "proxies": None, "local_files_only": True, "token": None}
         model.adjust_generation_fn(
-            None, False, None, str(folder), **where, revision=None, subfolder="", trust_remote_code=trusted
+            None,
+            False,
+            None,
+            str(folder),
+            **where,
+            revision=None,
+            subfolder="",
+            trust_remote_code=kwargs["trust_remote_code"],
         )
     return loaded
 
 
-def _trusted(uri: str, folder: Path, kwargs: Mapping[str, Any]) -> bool:
+def trusted(uri: str, folder: Path, kwargs: Mapping[str, Any]) -> bool:
     """Return whether the model's own code may run: what lies beside the weights in the same state, and nothing else.
 
     Raises:
         ConfigError: It needs code and the user has not said so, or code that is not its own.
     """
-    trusted = bool(kwargs.get("trust_remote_code"))  # None would have transformers ask at the terminal
+    is_trusted = bool(kwargs.get("trust_remote_code"))  # None would have transformers ask at the terminal
     for name in ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
         path = folder / name
-        named = json.loads(path.read_bytes()).get("auto_map") if trusted and path.is_file() else None
+        named = json.loads(path.read_bytes()).get("auto_map") if is_trusted and path.is_file() else None
         foreign = [each for each in _strings(named) if "--" in each]
         if foreign:
             raise errors.ConfigError(
@@ -234,7 +244,7 @@ def _trusted(uri: str, folder: Path, kwargs: Mapping[str, Any]) -> bool:
                 "trusted; put that code beside them and name it without the part before --",
                 uri=uri,
             )
-    return trusted
+    return is_trusted
 
 
 def _strings(value: Any) -> Iterator[str]:
