@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import engine_cases
+import loader_cases
 import measuring
 import origin_cases
 import registry_cases
@@ -315,6 +316,7 @@ LOADERS: Mapping[str, Loader] = {
         raw_get,
         weightcache_hosted,
         *engine_cases.LOADERS,
+        *loader_cases.LOADERS,
         *origin_cases.LOADERS,
         *registry_cases.LOADERS,
     )

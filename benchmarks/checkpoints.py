@@ -80,6 +80,7 @@ class Checkpoints:
             vocabulary = 32_000 if self._quick else LLAMA_1B_CONFIG["vocab_size"]
             config = LLAMA_1B_CONFIG | {"num_hidden_layers": n_layers, "vocab_size": vocabulary}
             write_sharded(folder, llama_shapes(config), n_shards=2)
+            (folder / "config.json").write_text(json.dumps(config))
         for path in measuring.files_below(folder):
             with path.open("rb") as file:
                 os.fsync(file.fileno())

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # what a load holds beside the converted model.
 AHEAD_NBYTES = 1 << 30
 
+MOST_DEVICES = 32  # of a node; more would take turns
+
 Placements = Mapping[str, Sequence[str]]
 """Device -> names of the tensors that go there."""
 
@@ -64,7 +66,7 @@ class Arriving:
         self._here_nbytes = 0
         self._n_waiting = 0
         self._is_closed = False
-        self._pool = ThreadPoolExecutor(thread_name_prefix="weightcache-loader")
+        self._pool = ThreadPoolExecutor(MOST_DEVICES + 1, "weightcache-loader")
         self._job = self._pool.submit(self._run)
         self._job.add_done_callback(self._tell)
 

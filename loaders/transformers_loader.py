@@ -168,6 +168,8 @@ def _describe(uri: str, cls: Any, folder: Path, kwargs: dict[str, Any]) -> tuple
         raise errors.IncompleteModelError(
             f"{uri} has no config.json, which transformers builds models by{hint}", uri=uri
         )
+    if (folder / "adapter_config.json").is_file():
+        raise errors.ConfigError(f"{uri} holds an adapter beside the model: keep it in a folder of its own", uri=uri)
     kwargs["trust_remote_code"] = is_trusted = trusted(uri, folder, kwargs)
     config, is_auto = kwargs.pop("config", None), hasattr(cls, "_model_mapping")
     with refusals_named(uri):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     AutoModel,
-    DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
@@ -21,72 +18,22 @@ from diffusers import (
     UNet2DModel,
 )
 from hosted import Hosted, host
-from peft import LoraConfig, get_peft_model_state_dict
 from reference import raw
 from servers import Bucket, Proxy
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from stack_models import write_lora, write_stable_diffusion, write_unet
+from transformers import CLIPTextModel
 from weightcache.loaders import from_pretrained
 
 import weightcache
 from weightcache import errors
 
-PROMPT = torch.arange(1, 5)[None]
-
-
-def unet(seed: int) -> UNet2DConditionModel:
-    torch.manual_seed(seed)
-    return UNet2DConditionModel(
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        sample_size=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        norm_num_groups=4,
-    )
-
 
 @pytest.fixture(scope="module")
 def stable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion of random weights: components of diffusers and of transformers, a tokenizer, a scheduler."""
-    folder = tmp_path_factory.mktemp("stable")
-    words = [
-        "<|startoftext|>",
-        "<|endoftext|>",
-        *"abcdefghijklmnop",
-        *(f"{letter}</w>" for letter in "abcdefghijklmnop"),
-    ]
-    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    torch.manual_seed(1)
-    config = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-    )
-    pipeline = StableDiffusionPipeline(
-        unet=unet(0),
-        vae=vae,
-        text_encoder=CLIPTextModel(config),
-        tokenizer=CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16),
-        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder / "pipeline")
-    return folder / "pipeline"
+    folder = tmp_path_factory.mktemp("stable") / "pipeline"
+    write_stable_diffusion(folder)
+    return folder
 
 
 @pytest.fixture
@@ -136,7 +83,7 @@ def test_a_pipeline_equals_the_one_from_the_folder(
 def test_a_component_is_swapped_and_the_others_are_read_alone(
     hosted: Callable[..., Hosted], stable: Path, tmp_path: Path
 ) -> None:
-    unet(7).save_pretrained(tmp_path / "tuned")
+    write_unet(tmp_path / "tuned", seed=7)
     tuned, there = hosted(tmp_path / "tuned", "models/tuned"), hosted(stable)
     own = from_pretrained(tuned.url, UNet2DConditionModel, storage_options=tuned.options)
     got = from_pretrained(there.url, DiffusionPipeline, storage_options=there.options, unet=own)
@@ -194,14 +141,7 @@ def test_what_cannot_be_done_is_refused(hosted: Callable[..., Hosted], stable: P
 
 
 def test_a_lora_is_pulled_and_put_on(hosted: Callable[..., Hosted], stable: Path, tmp_path: Path) -> None:
-    tuned = unet(0)
-    torch.manual_seed(5)
-    tuned.add_adapter(LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    StableDiffusionPipeline.save_lora_weights(
-        tmp_path / "lora",
-        unet_lora_layers=get_peft_model_state_dict(tuned),
-        unet_lora_adapter_metadata=tuned.peft_config["default"].to_dict(),
-    )
+    write_lora(tmp_path / "lora")
     lora, there = hosted(tmp_path / "lora", "models/lora"), hosted(stable)
     got = from_pretrained(there.url, DiffusionPipeline, storage_options=there.options)
     without = drawn(got)
