@@ -23,7 +23,7 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from weightcache.loaders import transformers_loader
 from weightcache.loaders.arriving import Arriving, Pending, literally
-from weightcache.loaders.transformers_loader import REFUSED, check_kwargs, device_name, pulled, refusals_named, trusted
+from weightcache.loaders.transformers_loader import REFUSED, check_kwargs, device_name, pulled, refusals_named
 
 import weightcache
 from weightcache import errors
@@ -108,7 +108,6 @@ def _pipeline(
         own |= {name: kwargs[name] for name in ("device_map", "trust_remote_code") if name in kwargs}
         tensors = arriving.pending(f"{name}/")
         built[name] = _component(uri, _class_of(uri, name, *named[name]), folder / name, tensors, device, own)
-    trusted(uri, folder, kwargs)
     with refusals_named(uri):
         pipeline = cls.from_pretrained(str(folder), **built, **kwargs)
     pipeline.register_to_config(_name_or_path=uri)

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.integrations.accelerate import check_and_set_device_map
 from weightcache.loaders.arriving import Arriving, Pending, Placements, literally
 
 import weightcache
@@ -112,7 +111,7 @@ def is_model_class(cls: Any) -> bool:
 def check_kwargs(kwargs: Mapping[str, Any], refused: Mapping[str, str]) -> None:
     """Raise ConfigError for an argument that would be given in vain; None and False give nothing."""
     for name in refused.keys() & {name for name, value in kwargs.items() if value is not None and value is not False}:
-        raise errors.ConfigError(f"{name}={kwargs[name]!r} cannot be honoured here: {refused[name]}")
+        raise errors.ConfigError(f"{name}= cannot be honoured here: {refused[name]}")
     if kwargs.get("use_safetensors") is False:
         raise errors.ConfigError("use_safetensors=False cannot be honoured here: weights are safetensors, never pickle")
 
@@ -149,7 +148,8 @@ def _load_beside(uri: str, cls: Any, options: Mapping[str, Any], subfolder: str,
     """Load a tokenizer, a processor or a configuration. Its files stay as long as it does: some are read late."""
     folder, remove = _pull(uri, options)
     try:
-        kwargs["trust_remote_code"] = trusted(uri, folder / subfolder, kwargs)
+        if "trust_remote_code" in kwargs or cls.__name__.startswith("Auto"):  # others would keep it as a setting
+            kwargs["trust_remote_code"] = trusted(uri, folder / subfolder, kwargs)
         with refusals_named(uri):
             loaded = cls.from_pretrained(str(folder / subfolder), **kwargs)
         if hasattr(loaded, "name_or_path"):
@@ -259,6 +259,8 @@ def _strings(value: Any) -> Iterator[str]:
 
 def _device_map(given: Any) -> Any:
     """Return a device map as transformers understands it: a mapping, the name of a strategy, or None for the CPU."""
+    from transformers.integrations.accelerate import check_and_set_device_map
+
     try:
         return check_and_set_device_map(given)
     except (ValueError, RuntimeError) as exc:
@@ -327,15 +329,13 @@ def placements(names: Sequence[str], prefix: str, base: str, device_map: Any) ->
     A checkpoint's names may lack the base model's name, or have it in vain. A name that the map does not cover, as those
     that transformers changes may be, goes to host memory, from where transformers brings it to its place.
     """
+    places = {key: device_name(value) for key, value in device_map.items()} if isinstance(device_map, Mapping) else {}
     found: dict[str, list[str]] = {}
     for name in names:
         own = name.removeprefix(prefix)
-        device = "cpu"
-        if isinstance(device_map, Mapping):
-            spelled = (own, f"{base}.{own}", own.removeprefix(f"{base}."))
-            covering = next((key for each in spelled for key in _ancestors(each) if key in device_map), None)
-            device = "cpu" if covering is None else device_name(device_map[covering])
-        found.setdefault(device, []).append(name)
+        spelled = (own, f"{base}.{own}", own.removeprefix(f"{base}."))
+        covering = next((key for each in spelled for key in _ancestors(each) if key in places), "")
+        found.setdefault(places.get(covering, "cpu"), []).append(name)
     return found
 
 

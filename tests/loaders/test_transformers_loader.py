@@ -322,6 +322,7 @@ def test_what_cannot_be_done_is_refused(hosted: Callable[[Path], Hosted], llama:
         (AutoModel, {"device_map": {"": 0}}, errors.DeviceError, "no such device: 0"),
         (AutoModel, {"device_map": "gpu"}, errors.DeviceError, "gpu"),
         (AutoModel, {"revision": "main"}, errors.ConfigError, "@tag"),
+        (AutoModel, {"token": "secret"}, errors.ConfigError, "^token= cannot"),
         (AutoModel, {"use_safetensors": False}, errors.ConfigError, "never pickle"),
         (AutoModel, {"subfolder": "nothing"}, errors.ConfigError, "nothing"),
     ):
