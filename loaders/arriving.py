@@ -17,9 +17,9 @@ from weightcache import errors
 if TYPE_CHECKING:
     import torch
 
-# What may lie here before it is asked for: four of the stream's groups. Where a stack converts what it gets, this is
+# What may lie here before it is asked for: two of the stream's groups. Where a stack converts what it gets, this is
 # what a load holds beside the converted model.
-AHEAD_NBYTES = 1 << 30
+AHEAD_NBYTES = 512 << 20
 
 MOST_DEVICES = 32  # of a node; more would take turns
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import glob
 import json
 import re
 import shutil
@@ -673,3 +674,12 @@ def test_loads_in_many_threads_are_all_whole(folder: Path, url: str, options: Op
     for model in models:
         assert_same(model, tensors_of(folder))
         model.close()
+
+
+def test_a_plan_names_tensors_and_each_can_be_asked_for_alone(tmp_path: Path) -> None:
+    shapes: Shapes = {"a[0].weight": ("F32", (4,)), "a0.weight": ("F32", (8,))}
+    write_safetensors(tmp_path / "model.safetensors", shapes)
+    assert weightcache.plan(tmp_path).names == ("a[0].weight", "a0.weight")
+    for name in shapes:
+        with weightcache.load_model(tmp_path, "cpu", include=[glob.escape(name)]) as model:
+            assert list(model) == [name]
