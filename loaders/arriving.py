@@ -34,6 +34,7 @@ class Arriving:
 
     Attributes:
         reports: `weightcache.stream`'s, one a device, each whole when its last tensor arrived.
+        here_nbytes: Of the tensors that nobody has taken yet.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Arriving:
         self._changed = threading.Condition()  # guards all below
         self._names: tuple[str, ...] | None = None
         self._here: dict[str, torch.Tensor] = {}
-        self._here_nbytes = 0
+        self.here_nbytes = 0
         self._n_waiting = 0
         self._is_closed = False
         self._pool = ThreadPoolExecutor(MOST_DEVICES + 1, "weightcache-loader")
@@ -77,7 +78,7 @@ class Arriving:
         with self._changed:
             self._is_closed = True
             self._here.clear()
-            self._here_nbytes = 0
+            self.here_nbytes = 0
             self._changed.notify_all()
         self._pool.shutdown()
 
@@ -97,9 +98,11 @@ class Arriving:
     def take(self, name: str) -> torch.Tensor:
         """Wait for a tensor, and hand it over, once. Raises what ended its transfer."""
         with self._changed:
-            self._here_nbytes -= self._wait(name).nbytes
+            tensor = self._wait(name)  # which lets others in
+            del self._here[name]
+            self.here_nbytes -= tensor.nbytes
             self._changed.notify_all()
-            return self._here.pop(name)
+            return tensor
 
     def _wait(self, name: str) -> torch.Tensor:
         self._n_waiting += 1
@@ -144,7 +147,7 @@ class Arriving:
             for name, tensor in stream:
                 with self._changed:
                     self._here[name] = tensor
-                    self._here_nbytes += tensor.nbytes
+                    self.here_nbytes += tensor.nbytes
                     del tensor
                     self._changed.notify_all()
                     self._changed.wait_for(self._may_go_on)
@@ -155,7 +158,7 @@ class Arriving:
 
     def _may_go_on(self) -> bool:
         """Whether to take more: always, while somebody waits for what is still to come."""
-        return self._is_closed or self._n_waiting > 0 or self._here_nbytes < AHEAD_NBYTES
+        return self._is_closed or self._n_waiting > 0 or self.here_nbytes < AHEAD_NBYTES
 
 
 class Pending:

@@ -305,6 +305,7 @@ def test_tensors_come_in_any_order_that_they_are_asked_for(
     with arriving.Arriving(there.url, lambda names: {"cpu": names}, {"storage_options": there.options}) as coming:
         pending = coming.pending()
         got = {name: pending[name][...] for name in reversed(pending)}
+        assert coming.here_nbytes == 0
     assert {name: raw(tensor) for name, tensor in got.items()} == {
         name: raw(tensor) for name, tensor in there.tensors.items()
     }
