@@ -79,10 +79,11 @@ def _loader_class() -> type:
                 )
             weights = weightcache.stream(self._uri_of(source), "cpu", storage_options=self._given.storage_options)
             if self.load_config.draft_model_idx is not None:
-                return self._filter_mtp_weights(weights, source.prefix, self.load_config.draft_model_idx)
-            return ((source.prefix + name, tensor) for name, tensor in weights)
+                yield from self._filter_mtp_weights(weights, source.prefix, self.load_config.draft_model_idx)
+            else:
+                yield from ((source.prefix + name, tensor) for name, tensor in weights)
 
-        def _uri_of(self, source: Any) -> str:
+        def _uri_of(self, source: Any) -> Any:
             """Return where a source's tensors lie: a draft with a path of its own, and a reload, are not what was given.
 
             (SGLang hands the same extra config to the draft, and none to a reload, whose path is the new model.)

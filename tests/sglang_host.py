@@ -1,7 +1,8 @@
 """A child process with SGLang's own loading code in it, on a CPU and without its kernels: `sglang_host.py WHEELS ABOUT`.
 
-WHEELS is a folder that they lie in unpacked, ABOUT one that holds our distribution's entry points. What SGLang imports beside them, and does not need to fill a Llama's parameters, is a
-stand-in that does nothing. It starts as a scheduler does: plugins, command line, published configuration, groups of one rank.
+WHEELS is a folder that they lie in unpacked, ABOUT one that holds our distribution's entry points. What SGLang imports
+beside them, and does not need to fill a Llama's parameters, is a stand-in that does nothing. It starts as a scheduler
+does: plugins, command line, published configuration, groups of one rank.
 
 Told {"serve": command line}, it loads, and says which loader that was and what is in the model's parameters. Told
 {"draft": path}, it loads that beside it, as a draft for speculation. Told {"reload": path}, it updates the first one's
@@ -24,13 +25,22 @@ from pathlib import Path
 from typing import Any
 
 warnings.simplefilter("ignore")  # of others' code
-sys.path[:] = [sys.argv[2], *sys.path, sys.argv[1]]
 
-import torch._inductor.compile_fx  # looks for triton, which must not be the stand-in
-from reference import fingerprint
-from transformers.utils.import_utils import is_torchvision_available
+import torch._inductor.compile_fx  # noqa: E402  (looks for triton, which must not be the stand-in)
+from reference import fingerprint  # noqa: E402
+from transformers.utils.import_utils import is_torchvision_available  # noqa: E402
 
-STAND_INS = "IPython compressed_tensors gguf partial_json_parser sentencepiece torchvision triton tvm_ffi vllm".split()
+STAND_INS = (
+    "IPython",
+    "compressed_tensors",
+    "gguf",
+    "partial_json_parser",
+    "sentencepiece",
+    "torchvision",
+    "triton",
+    "tvm_ffi",
+    "vllm",
+)
 
 
 class _Shape(type):
@@ -79,6 +89,7 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def main() -> None:
+    sys.path[:] = [sys.argv[2], *sys.path, sys.argv[1]]
     is_torchvision_available()  # remembers that it is not there
     sys.meta_path.insert(0, StandIns())
     from sglang.srt.plugins import load_plugins

@@ -28,8 +28,18 @@ from weightcache.loaders import sglang_loader
 
 RELEASE = os.environ.get("SGLANG", "0.5.23")
 BESIDE = (
-    "dill einops msgspec openai orjson pillow psutil pybase64 pyzmq requests starlette".split()
-)  # none of them large
+    "dill",
+    "einops",
+    "msgspec",
+    "openai",
+    "orjson",
+    "pillow",
+    "psutil",
+    "pybase64",
+    "pyzmq",
+    "requests",
+    "starlette",
+)
 FETCH_TIMEOUT_S = 120.0
 ANSWER_TIMEOUT_S = 300.0
 TESTS = Path(__file__).parents[1]
