@@ -1,7 +1,6 @@
 """A child process with SGLang's own loading code in it, on a CPU and without its kernels: `sglang_host.py WHEELS ABOUT`.
 
-WHEELS is a folder that they lie in unpacked, ABOUT one that holds our distribution's entry points. What SGLang imports
-beside them, and does not need to fill a Llama's parameters, is a stand-in that does nothing. It starts as a scheduler
+WHEELS is a folder of `sglang_parts.fetch`, ABOUT one that holds our distribution's entry points. It starts as a scheduler
 does: plugins, command line, published configuration, groups of one rank.
 
 Told {"serve": command line}, it loads, and says which loader that was and what is in the model's parameters. Told
@@ -11,87 +10,23 @@ weights, as the server's `/update_weights_from_disk` does. What fails is said in
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import json
 import logging
 import os
 import sys
 import tempfile
-import types
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-warnings.simplefilter("ignore")  # of others' code
-
-import torch._inductor.compile_fx  # noqa: E402  (looks for triton, which must not be the stand-in)
-from reference import fingerprint  # noqa: E402
-from transformers.utils.import_utils import is_torchvision_available  # noqa: E402
-
-STAND_INS = (
-    "IPython",
-    "compressed_tensors",
-    "gguf",
-    "partial_json_parser",
-    "sentencepiece",
-    "torchvision",
-    "triton",
-    "tvm_ffi",
-    "vllm",
-)
-
-
-class _Shape(type):
-    def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return Nothing
-
-    def __or__(cls, other: object) -> Any:
-        return cls
-
-    __ror__ = __or__
-
-
-class Nothing(metaclass=_Shape):
-    """Stands for any class, function or decorator."""
-
-    def __new__(cls, *arguments: Any, **_: Any) -> Any:
-        return arguments[0] if arguments and isinstance(arguments[0], types.FunctionType) else object.__new__(cls)
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        pass
-
-    def __call__(self, *arguments: Any, **_: Any) -> Any:
-        return arguments[0] if arguments else self
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(type(self), name)
-
-
-class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the modules that are not there."""
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: object = None) -> Any:
-        if name.partition(".")[0] in STAND_INS:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
-
-    def create_module(self, spec: Any) -> types.ModuleType:
-        module = types.ModuleType(spec.name)
-        module.__dict__["__getattr__"] = _Shape.__getattr__.__get__(Nothing)
-        return module
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        pass
+from reference import fingerprint
+from sglang_parts import make_importable
 
 
 def main() -> None:
-    sys.path[:] = [sys.argv[2], *sys.path, sys.argv[1]]
-    is_torchvision_available()  # remembers that it is not there
-    sys.meta_path.insert(0, StandIns())
+    warnings.simplefilter("ignore")  # of others' code
+    make_importable(Path(sys.argv[1]))
+    sys.path.insert(0, sys.argv[2])
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
@@ -166,6 +101,7 @@ def reload(path: str, arguments: Any, model: Any) -> list[Any]:
 
 
 def _make_groups(arguments: Any) -> None:
+    import torch
     from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
     from sglang.srt.layers.dp_attention import initialize_dp_attention
 

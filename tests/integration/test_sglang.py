@@ -7,10 +7,6 @@ release: `make test-sglang SGLANG=0.5.21`.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from importlib import metadata
@@ -18,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sglang_parts
 from children import Child
 from models import write_tiny_sharded
 from servers import Bucket, S3Server
@@ -26,41 +23,18 @@ import weightcache
 from weightcache import errors
 from weightcache.loaders import sglang_loader
 
-RELEASE = os.environ.get("SGLANG", "0.5.23")
-BESIDE = (
-    "dill",
-    "einops",
-    "msgspec",
-    "openai",
-    "orjson",
-    "pillow",
-    "psutil",
-    "pybase64",
-    "pyzmq",
-    "requests",
-    "starlette",
-)
-FETCH_TIMEOUT_S = 120.0
 ANSWER_TIMEOUT_S = 300.0
 TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def wheels() -> Path:
-    """Return the folder that SGLang lies in, fetched if it is not there yet."""
+    """Return the folder that SGLang lies in."""
     pytest.importorskip("transformers", reason="NOT TESTED: SGLang needs transformers")
-    folder = Path.home() / ".cache" / "weightcache-tests" / f"sglang-{RELEASE}"
-    if not folder.exists():
-        staging = folder.with_name(f"{folder.name}.{os.getpid()}")
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-compile", "--target", str(staging)]
-        try:
-            for wanted in (["--no-deps", f"sglang=={RELEASE}"], BESIDE):
-                subprocess.run([*pip, *wanted], check=True, timeout=FETCH_TIMEOUT_S, capture_output=True, text=True)
-            staging.rename(folder)
-        except (subprocess.SubprocessError, OSError) as exc:
-            shutil.rmtree(staging, ignore_errors=True)
-            pytest.skip(f"NOT TESTED: SGLang {RELEASE} was not to be had: {getattr(exc, 'stderr', None) or exc}")
-    return folder
+    try:
+        return sglang_parts.fetch()
+    except sglang_parts.NotToBeHad as exc:
+        pytest.skip(f"NOT TESTED: {exc}")
 
 
 @pytest.fixture(scope="module")
