@@ -28,6 +28,7 @@ import measuring
 import origin_cases
 import registry_cases
 import safetensors.torch
+import stack_cases
 import torch
 from images import Image, Piece
 from measuring import Job, Loaded, Loader
@@ -319,6 +320,7 @@ LOADERS: Mapping[str, Loader] = {
         *loader_cases.LOADERS,
         *origin_cases.LOADERS,
         *registry_cases.LOADERS,
+        *stack_cases.LOADERS,
     )
 }
 

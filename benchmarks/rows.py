@@ -132,6 +132,18 @@ def no_slower(ours: str, peer: str, most: float = 1.0) -> Judge:
     return judge
 
 
+def later_by_at_most(ours: str, peer: str, most_s: float) -> Judge:
+    """Hold the difference of two medians against `most_s`; without verdict where a case was skipped."""
+
+    def judge(rows: Rows) -> list[Verdict]:
+        if ours not in rows or peer not in rows:
+            return []
+        seconds = rows[ours].seconds.median - rows[peer].seconds.median
+        return [Verdict(f"time of {ours} - {peer}", seconds, most_s, " s")]
+
+    return judge
+
+
 def at_most(case: str, limit_s: float) -> Judge:
     """Hold a median against a time; without verdict where the case was skipped."""
     return lambda rows: [Verdict(case, rows[case].seconds.median, limit_s, " s")] if case in rows else []

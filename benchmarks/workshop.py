@@ -66,6 +66,7 @@ class Case:
         page_cache: State of the files it reads from this disk: `cold`, `warm`, or empty where it reads none.
         needs: The module, or the `program` behind a colon, an optional peer needs.
         options: For the loader, as its part of the job. `is_published`: it loads from the registry in the bucket.
+            `python`: the interpreter it runs in, where that is another.
     """
 
     name: str
@@ -249,7 +250,7 @@ class Workshop:
             self._scratch() as scratch,
             TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else scratch) as folder,
             S3Server(Path(folder)) as server,
-            self._child() as child,
+            Child(CASES) as child,
         ):
             bucket = server.create_bucket()
             bucket.put("first", b"1")  # makes the server's volumes, which takes a second or two
@@ -297,7 +298,8 @@ class Workshop:
                 told = self._web(case.source).describe()
             if busy_s is not None:
                 os.sync()  # what an earlier run wrote must not be written back in this one's time
-            children = [running.enter_context(self._child()) for _ in range(n)]
+            python = case.options.get("python", sys.executable)
+            children = [running.enter_context(Child(CASES, python=python)) for _ in range(n)]
             for child in children:
                 child.tell(job)
             for child in children:
@@ -350,12 +352,9 @@ class Workshop:
         finally:
             shutil.rmtree(scratch)
 
-    def _child(self) -> Child:
-        return Child(CASES)
-
     def _carry_out(self, job: Mapping[str, Any]) -> Result:
         """Have a subprocess do a job, as it comes."""
-        with self._child() as child:
+        with Child(CASES) as child:
             child.tell(job)
             hear(child)
             child.tell()

@@ -80,8 +80,10 @@ def _loader_class() -> type:
             weights = weightcache.stream(self._uri_of(source), "cpu", storage_options=self._given.storage_options)
             if self.load_config.draft_model_idx is not None:
                 yield from self._filter_mtp_weights(weights, source.prefix, self.load_config.draft_model_idx)
-            else:
-                yield from ((source.prefix + name, tensor) for name, tensor in weights)
+                return
+            for name, tensor in weights:
+                yield source.prefix + name, tensor
+                del tensor  # what nobody holds can go while the next one is waited for
 
         def _uri_of(self, source: Any) -> Any:
             """Return where a source's tensors lie: a draft with a path of its own, and a reload, are not what was given.

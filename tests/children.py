@@ -34,12 +34,13 @@ class Child:
     Args:
         script: A file of the tests; it may import what lies in `tests/`.
         arguments: Its command line.
+        python: The interpreter.
     """
 
-    def __init__(self, script: Path, *arguments: object) -> None:
+    def __init__(self, script: Path, *arguments: object, python: str = sys.executable) -> None:
         environment = os.environ | {"PYTHONPATH": str(TESTS), "PYTHONWARNINGS": "error"}
         self._process = subprocess.Popen(
-            [sys.executable, str(script), *map(str, arguments)],
+            [python, str(script), *map(str, arguments)],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
