@@ -106,7 +106,7 @@ def questions(wheels: Path | None, obstacle: str, vllm_python: str) -> tuple[Que
             name=name,
             asks=f"From the disk tier: does {stack} add at most 10 % and 300 ms to weightcache.stream?",
             model="llama",
-            cases=(Case(STREAM, "stream", "tier", "warm", options=beside), ours),
+            cases=(Case(STREAM, "stream_alone", "tier", "warm", options=beside), ours),
             judges=(no_slower(ours.name, STREAM, 1.1), later_by_at_most(ours.name, STREAM, 0.3)),
             obstacle=lambda: obstacle,
         )
