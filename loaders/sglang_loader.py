@@ -7,6 +7,7 @@ only where the tensors come from is another.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -20,10 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 LOAD_FORMAT = "weightcache"
-TESTED = (
-    (0, 5, 21),
-    (0, 5, 23),
-)  # the first and the last release that tests/integration/test_sglang.py has passed with
+FIRST, LAST = (0, 5, 21), (0, 5, 23)  # releases that tests/integration/test_sglang.py has passed with
 VERIFY = "sglang.srt.configs.load_config.LoadConfig._verify_load_format"
 
 
@@ -35,8 +33,8 @@ def register() -> None:
     """
     version = metadata.version("sglang")
     numbers = tuple(int(each) for each in re.findall(r"\d+", version)[:3])
-    if not TESTED[0] <= numbers <= TESTED[1]:
-        first, last = (".".join(map(str, each)) for each in TESTED)
+    if not FIRST <= numbers <= LAST:
+        first, last = (".".join(map(str, each)) for each in (FIRST, LAST))
         raise errors.ConfigError(
             f"--load-format {LOAD_FORMAT} is not there: SGLang is {version}, known are {first} to {last}; "
             "install one of these, or serve a folder that `weightcache pull` has written",
@@ -70,7 +68,7 @@ def _loader_class() -> type:
             BaseModelLoader.__init__(self, load_config)  # the default loader's refuses extra config that is not its own
             self._given = read_extra_config(load_config.model_loader_extra_config or {})
 
-        def _get_weights_iterator(self, source: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        def _get_weights_iterator(self, source: Any) -> Any:
             if source.allow_patterns_overrides is not None:
                 raise errors.ConfigError(
                     f"{source.model_or_path}: this architecture takes its weights from files of its own choice "
@@ -78,12 +76,11 @@ def _loader_class() -> type:
                     "apart; serve a folder that `weightcache pull` has written",
                 )
             weights = weightcache.stream(self._uri_of(source), "cpu", storage_options=self._given.storage_options)
+            # What cannot be loaded must be said here: a reload still has all that it had.
+            named = itertools.chain(list(itertools.islice(weights, 1)), weights)
             if self.load_config.draft_model_idx is not None:
-                yield from self._filter_mtp_weights(weights, source.prefix, self.load_config.draft_model_idx)
-                return
-            for name, tensor in weights:
-                yield source.prefix + name, tensor
-                del tensor  # what nobody holds can go while the next one is waited for
+                return self._filter_mtp_weights(named, source.prefix, self.load_config.draft_model_idx)
+            return _prefixed(source.prefix, named)
 
         def _uri_of(self, source: Any) -> Any:
             """Return where a source's tensors lie: a draft with a path of its own, and a reload, are not what was given.
@@ -95,3 +92,9 @@ def _loader_class() -> type:
             return source.model_or_path if is_other or not self._given.uri else self._given.uri
 
     return WeightcacheModelLoader
+
+
+def _prefixed(prefix: str, tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in tensors:
+        yield prefix + name, tensor
+        del tensor  # what nobody holds can go while the next one is waited for

@@ -105,7 +105,8 @@ def fetch() -> Path:
             staging.rename(folder)
         except (subprocess.SubprocessError, OSError) as exc:
             shutil.rmtree(staging, ignore_errors=True)
-            raise NotToBeHad(f"SGLang {RELEASE} was not to be had: {getattr(exc, 'stderr', None) or exc}") from exc
+            if not folder.exists():  # as another process may have put it there meanwhile
+                raise NotToBeHad(f"SGLang {RELEASE} was not to be had: {getattr(exc, 'stderr', None) or exc}") from exc
     return folder
 
 

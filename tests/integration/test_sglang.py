@@ -107,6 +107,18 @@ def test_reload_brings_the_model_of_its_path_and_not_that_of_the_extra_config(
     }
 
 
+def test_reload_of_what_has_no_weights_leaves_those_that_are_there(
+    sglang: Child, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    beside = small_files(models[0], tmp_path / "small")
+    first = serve(sglang, beside, {"uri": str(models[0])})
+    answer = ask(sglang, "reload", str(beside))
+    done, told = answer["reload"]
+    assert not done
+    assert told.startswith("Failed to get weights iterator: ")
+    assert answer["parameters"] == first["parameters"]
+
+
 def test_draft_has_the_weights_of_its_own_path(sglang: Child, models: tuple[Path, Path], tmp_path: Path) -> None:
     expected = serve(sglang, models[1])["parameters"]
     serve(sglang, small_files(models[0], tmp_path / "small"), {"uri": str(models[0])})
