@@ -8,8 +8,8 @@ Questions (each runs alone with `--only`, by the beginning of its name) and thei
     vllm            The same through vLLM's; only with --vllm-python.
     transformers-warm    The same by `weightcache.loaders.from_pretrained`, and no slower than transformers' own load of the
                     folder, page cache warm too.
-    transformers-origin  From an S3 server on loopback, nothing cached: 2 times as fast as a download of the folder by boto3
-                    and transformers' own load of it.
+    transformers-origin  From an S3 server on loopback, nothing cached: 2 times as fast as a download by boto3 or by
+                    huggingface_hub, whichever is faster, and transformers' own load of the folder.
 
     python benchmarks/bench_loaders.py --quick     about 5 minutes; shows that it works, not how fast
     python benchmarks/bench_loaders.py             about 20 minutes, 18 GB of disk; for a quiet machine; writes
@@ -45,9 +45,10 @@ START_LIMIT_S = 0.1
 STREAM = "weightcache.stream"
 SGLANG = "SGLang's iterator"
 VLLM = "vLLM's iterator"
-URI = "weightcache.loaders.from_pretrained"
+URI = "from_pretrained(URI)"
 FOLDER = "transformers, local folder"
-SNAPSHOT = "boto3, then transformers"
+BOTO3 = "boto3, then transformers"
+HUB = "huggingface_hub, then transformers"
 
 # What is timed, by what was done before the clock.
 IMPORT = ("import sys, time", "import weightcache")
@@ -128,9 +129,9 @@ def questions(wheels: Path | None, obstacle: str, vllm_python: str) -> tuple[Que
             asks="From the disk tier: is from_pretrained a URI no slower than transformers from a folder, pages touched?",
             model="llama",
             cases=(
-                Case(STREAM, "stream", "tier", "warm"),
-                Case(URI, "transformers_uri", "tier", "warm", "transformers"),
-                Case(FOLDER, "transformers_folder", "folder", "warm", "transformers"),
+                Case(STREAM, "stream", "tier", "warm", "transformers"),
+                Case(URI, "transformers_loader", "tier", "warm", "transformers"),
+                Case(FOLDER, "transformers_local", "folder", "warm", "transformers"),
             ),
             judges=(no_slower(URI, STREAM, 1.1), later_by_at_most(URI, STREAM, 0.3), no_slower(URI, FOLDER)),
         ),
@@ -139,10 +140,11 @@ def questions(wheels: Path | None, obstacle: str, vllm_python: str) -> tuple[Que
             asks="From an S3 server on loopback, nothing cached: twice as fast as downloading and then loading?",
             model="llama",
             cases=(
-                Case(URI, "transformers_uri", "origin", needs="transformers"),
-                Case(SNAPSHOT, "transformers_snapshot", "origin", needs="transformers"),
+                Case(URI, "transformers_loader", "origin", needs="transformers"),
+                Case(BOTO3, "transformers_boto3", "origin", needs="transformers"),
+                Case(HUB, "transformers_snapshot", "origin", needs="transformers"),
             ),
-            judges=(times_as_fast(URI, [SNAPSHOT], 2.0),),
+            judges=(times_as_fast(URI, [BOTO3, HUB], 2.0),),
         ),
     )
 

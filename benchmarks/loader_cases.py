@@ -95,10 +95,10 @@ def _imports(job: Job) -> tuple[Any, Any, Any]:
     import torch
     import transformers
     import uvloop  # noqa: F401
-    import weightcache.loaders.transformers_loader
 
     import weightcache
     import weightcache.cache
+    import weightcache.loaders.transformers_loader
     import weightcache.origins.local
     import weightcache.origins.s3
     import weightcache.tensors

@@ -21,12 +21,12 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from weightcache.loaders import transformers_loader
-from weightcache.loaders.arriving import Arriving, Pending, literally
-from weightcache.loaders.transformers_loader import REFUSED, check_kwargs, device_name, pulled, refusals_named
 
 import weightcache
 from weightcache import errors
+from weightcache.loaders import transformers_loader
+from weightcache.loaders.arriving import Arriving, Pending, literally
+from weightcache.loaders.transformers_loader import REFUSED, check_kwargs, device_name, pulled, refusals_named
 
 log = logging.getLogger(__name__)
 

@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 import transformers
-from weightcache.loaders.arriving import Arriving, Pending, Placements, literally
 
 import weightcache
 from weightcache import errors
+from weightcache.loaders.arriving import Arriving, Pending, Placements, literally
 
 log = logging.getLogger(__name__)
 

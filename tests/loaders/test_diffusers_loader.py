@@ -22,10 +22,10 @@ from reference import raw
 from servers import Bucket, Proxy
 from stack_models import write_lora, write_stable_diffusion, write_unet
 from transformers import CLIPTextModel
-from weightcache.loaders import from_pretrained
 
 import weightcache
 from weightcache import errors
+from weightcache.loaders import from_pretrained
 
 
 @pytest.fixture(scope="module")

@@ -29,10 +29,10 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
 )
-from weightcache.loaders import arriving, from_pretrained
-from weightcache.loaders.transformers_loader import placements
 
 from weightcache import errors
+from weightcache.loaders import arriving, from_pretrained
+from weightcache.loaders.transformers_loader import placements
 from weightcache.tiers.device import close_devices
 
 HEADER_READ = 128 << 10  # what is read of a shard to describe it, at most, while its header is small
