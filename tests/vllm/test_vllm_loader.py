@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import vllm_engine as engine
 from hosted import Hosted, host
-from nodes import Node
+from nodes import Node, wait_until
 from servers import Bucket, Proxy
 from vllm_engine import Tokens
 
@@ -56,10 +56,10 @@ def test_from_a_bucket_and_then_offline_from_disk(
 def test_hot_from_the_node_daemon(hosted: Hosted, config: str, expected: Both, make: Make, node: Node) -> None:
     weightcache.warm(hosted.url, storage_options=hosted.options)
     hosted.proxy.reset()
-    n_hits = node.images()[hosted.url]["n_hits"]
+    n_hits = node.image(hosted.url).get("n_hits", 0)
     assert engine.generate(make(model=config, uri=hosted.url, storage_options=hosted.options)) == expected[0]
     assert hosted.served_bytes() == 0
-    assert node.images()[hosted.url]["n_hits"] > n_hits
+    wait_until(lambda: node.image(hosted.url).get("n_hits", 0) > n_hits)
 
 
 def test_reloads_from_the_place_that_is_named_and_stays_there(
