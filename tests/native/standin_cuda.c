@@ -362,8 +362,8 @@ static CUresult enter(struct call *call, const char *function, enum need need, s
     }
     CUresult rc = injected(function);
     if (!driver.sticky && rc && driver.settings.sticky) {
-        driver.sticky = rc;
         machine_halt();
+        driver.sticky = rc;
     }
     call->halted = driver.sticky;
     if (driver.sticky || rc)

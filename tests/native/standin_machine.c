@@ -58,6 +58,7 @@ static struct {
     struct stream streams[STREAMS_MAX];
     struct clock known; /* what the host knows to have run */
     int running;        /* operations that a worker is in the middle of */
+    bool halting;       /* nothing more begins, what runs ends */
     bool halted;
     struct range *ranges;
     size_t n_ranges, ranges_room;
@@ -440,7 +441,7 @@ static void *work(void *device)
 {
     machine_lock();
     while (!machine.stopping) {
-        struct stream *stream = random_runnable((int)(intptr_t)device);
+        struct stream *stream = machine.halting ? NULL : random_runnable((int)(intptr_t)device);
         if (stream)
             run_next(stream);
         else
@@ -746,12 +747,16 @@ void machine_give_up(const char *function, struct span span)
 
 void machine_halt(void)
 {
+    /* What runs ends first, while nobody knows yet: who is told that the device is dead may use its memory again. */
+    machine.halting = true;
+    while (machine.running)
+        pthread_cond_wait(&changed, &lock);
+    machine.halting = false;
     for (struct op *op = NULL; (op = op_after(op));)
         if (op->state == PENDING)
             drop(op);
-    while (machine.running)
-        pthread_cond_wait(&changed, &lock);
     machine.halted = true;
+    pthread_cond_broadcast(&changed);
 }
 
 void machine_for_pending(void (*describe)(void *argument, const char *line), void *argument)
