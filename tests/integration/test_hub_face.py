@@ -353,6 +353,7 @@ def test_daemon_serves_what_it_has_in_memory(folder: Path, hosted: Hosted, start
     name = "model-00002-of-00003.safetensors"
     assert asked.ask(f"/org/tiny/resolve/main/{name}").body == (folder / name).read_bytes()
     assert hosted.served_bytes() < 4096  # a header, which is no tensor
+    assert node.stop() == 0  # with the model still open
 
 
 def test_file_is_read_from_the_daemons_memory(hosted: Hosted, node: Node) -> None:

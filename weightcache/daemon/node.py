@@ -122,11 +122,11 @@ class Daemon:
             for each in waited:
                 each.cancel()
             await asyncio.gather(preparing, *waited, return_exceptions=True)
-            await loop.run_in_executor(None, self.residents.close)
-            await self.server.close()
-            for face in (page, hub):
+            for face in (page, hub):  # first: the models that it reads are closed by what ends next
                 if face is not None:
                     await face.close()
+            await loop.run_in_executor(None, self.residents.close)
+            await self.server.close()
 
     async def _prepare(self) -> None:
         """Reserve huge pages, and touch memory once: its first use costs a virtual machine ten times what clearing does."""
