@@ -21,6 +21,7 @@ LOADER = Path(__file__).parent / "loader.py"
 N_PROCESSES = 8
 CHUNK_NBYTES = 8 << 20
 N_CHUNKS = 8
+HEADER_READ = 128 << 10  # what is read of a shard to describe it
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,8 @@ def test_a_prefetch_waits_while_somebody_waits_for_a_load(
         child.tell("load")
         proxy.wait_stopped(4)
         prefetching = threads.submit(weightcache.prefetch, other, storage_options=s3.storage_options(proxy.endpoint))
-        wait_until(lambda: proxy.body_bytes("other/model.safetensors") > 0)  # its header is read to describe it
+        # Its header is read to describe it.
+        wait_until(lambda: proxy.body_bytes("other/model.safetensors") >= HEADER_READ)
         before = proxy.body_bytes("other/model.safetensors")
         with pytest.raises(TimeoutError):
             prefetching.result(1.0)
