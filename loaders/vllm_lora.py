@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import shutil
-import tempfile
 from pathlib import Path
 
 from vllm.logger import init_logger
@@ -17,6 +15,7 @@ from vllm.lora.resolver import LoRAResolver
 
 import weightcache
 from weightcache import errors
+from weightcache.loaders.vllm_folders import bring
 
 log = init_logger("vllm.weightcache.lora")
 
@@ -50,21 +49,13 @@ class WeightcacheLoRAResolver(LoRAResolver):  # type: ignore[misc]  # vLLM is no
         return LoRARequest(lora_name=lora_name, lora_int_id=abs(hash(lora_name)), lora_path=str(folder))
 
     def _bring(self, name: str) -> Path | None:
-        self._kept.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=self._kept))
         uri = f"{self._place}/{name}"
         try:
-            weightcache.pull(uri, staging, weights=False)
-            if not (staging / CONFIG).is_file():
+            if CONFIG not in [file.path for file in weightcache.list_files(uri).files]:
                 log.warning("%s is no LoRA adapter: it has no %s", uri, CONFIG)  # and may be a model, of any size
                 return None
-            report = weightcache.pull(uri, staging)
-            folder = self._kept / report.revision.replace(":", "-")
-            if not folder.is_dir():
-                staging.rename(folder)
+            folder, report = bring(uri, self._kept)
         except errors.ModelNotFoundError:
             return None
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
         log.info("LoRA adapter %s: %.3f GB in %.2f s", uri, sum(report.bytes.values()) / 1e9, report.total_s)
         return folder

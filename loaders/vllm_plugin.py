@@ -15,7 +15,7 @@ LOAD_FORMAT = "weightcache"
 
 @cache  # vLLM may call it again, and warns of what is registered twice
 def register() -> None:
-    """Give vLLM the load format `weightcache`, and adapters by name where `loras` says in which place they are.
+    """Give vLLM the load format `weightcache`, and what settings ask for: URIs as models, and adapters by name.
 
     Raises:
         ConfigError: A configuration that cannot be used.
@@ -28,17 +28,15 @@ def register() -> None:
     own = logging.getLogger("weightcache")
     own.handlers = own.handlers or logging.getLogger("vllm").handlers  # else nobody hears its warnings in a worker
     register_model_loader(LOAD_FORMAT)(WeightcacheLoader)
-    if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:  # else vLLM asks no resolver
-        _register_resolver()
-
-
-def _register_resolver() -> None:
     settings = weightcache.configuration().settings
-    if not settings.loras:
-        return
-    from vllm.lora.resolver import LoRAResolverRegistry
+    kept = settings.dir / "vllm"
+    if settings.vllm_uris:
+        from weightcache.loaders.vllm_uris import take_uris
 
-    from weightcache.loaders.vllm_lora import WeightcacheLoRAResolver
+        take_uris(LOAD_FORMAT, kept)
+    if settings.loras and envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:  # else vLLM asks no resolver
+        from vllm.lora.resolver import LoRAResolverRegistry
 
-    resolver = WeightcacheLoRAResolver(settings.loras, settings.dir / "vllm" / "loras")
-    LoRAResolverRegistry.register_resolver(LOAD_FORMAT, resolver)
+        from weightcache.loaders.vllm_lora import WeightcacheLoRAResolver
+
+        LoRAResolverRegistry.register_resolver(LOAD_FORMAT, WeightcacheLoRAResolver(settings.loras, kept / "loras"))

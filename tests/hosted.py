@@ -33,6 +33,11 @@ class Hosted:
     def options(self) -> dict[str, str]:
         return self.bucket.server.storage_options(self.proxy.endpoint)
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """What leads to them without options."""
+        return self.bucket.server.environment(self.proxy.endpoint)
+
     @cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a load must give."""

@@ -120,6 +120,11 @@ class S3Server:
         """Return what s3fs needs to reach this server, or a proxy's endpoint before it."""
         return {"key": self.key, "secret": self.secret, "endpoint_url": endpoint or self.endpoint}
 
+    def environment(self, endpoint: str | None = None) -> dict[str, str]:
+        """Return the same as a process without storage_options needs it."""
+        places = {"AWS_ENDPOINT_URL": endpoint or self.endpoint, "AWS_DEFAULT_REGION": "us-east-1"}
+        return places | {"AWS_ACCESS_KEY_ID": self.key, "AWS_SECRET_ACCESS_KEY": self.secret}
+
     def create_bucket(self) -> Bucket:
         """Create a bucket of a new name."""
         name = f"bucket-{secrets.token_hex(6)}"

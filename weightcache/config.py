@@ -79,6 +79,7 @@ class Settings:
             available. Freed memory kept for the next load is at most an eighth of that, and no more than this.
         libcuda: The driver to open; another one is for tests.
         loras: Where adapters are that vLLM is asked for by name, each at `{loras}/{name}`; empty is nowhere. In the file only.
+        vllm_uris: Whether vLLM's models at s3://, gs:// and az:// are loaded from here.
         socket: The node daemon's; without it, `daemon/socket` below the cache folder. A load uses a daemon that
             answers there. "none": no daemon.
         prices: A table for each provider or host whose prices are not those of `weightcache.prices`.
@@ -104,6 +105,7 @@ class Settings:
     host_budget_bytes: int = 0
     libcuda: str = "libcuda.so.1"
     loras: str = ""
+    vllm_uris: bool = False
     socket: str = ""
     prices: Overrides = field(default_factory=dict)
     node: Site = field(default_factory=Site)
@@ -346,5 +348,6 @@ _READERS: dict[str, Reader] = {
     "host_budget_bytes": read_bytes,
     "libcuda": _read_library,
     "loras": _read_place,
+    "vllm_uris": read_flag,
     "socket": _read_socket,
 }

@@ -176,9 +176,8 @@ def test_publish_to_a_tag_that_another_moves_meanwhile_is_a_conflict(
 
 
 def use(bucket: Bucket, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", bucket.server.key)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", bucket.server.secret)
+    for name, value in bucket.server.environment(endpoint).items():
+        monkeypatch.setenv(name, value)
 
 
 def test_tags_are_listed_by_registry_and_by_model(first: str, second: str, answer: Answer, run_here: Run) -> None:

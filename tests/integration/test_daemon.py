@@ -270,7 +270,7 @@ def test_warm_brings_a_model_before_it_is_loaded(node: Node, hosted: Hosted) -> 
 def test_a_list_is_brought_at_the_start_and_what_moves_is_brought_again(
     start: Callable[..., Node], hosted: Hosted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for name, value in _as_environment(hosted).items():
+    for name, value in hosted.environment.items():
         monkeypatch.setenv(name, value)
     node = start(
         f'[daemon]\nhttp = ""\nwatch = "1s"\n[[warm]]\nmodel = "{hosted.url}"\ntier = "host"\n',
@@ -281,16 +281,6 @@ def test_a_list_is_brought_at_the_start_and_what_moves_is_brought_again(
     hosted.bucket.upload(hosted.folder, hosted.prefix)
     wait_until(lambda: node.image(hosted.url).get("revision", before["revision"]) != before["revision"])
     wait_until(lambda: {each["what"] for each in node.state()["decisions"]} == {"fetch"})
-
-
-def _as_environment(hosted: Hosted) -> dict[str, str]:
-    options = hosted.options
-    return {
-        "AWS_ENDPOINT_URL": options["endpoint_url"],
-        "AWS_ACCESS_KEY_ID": options["key"],
-        "AWS_SECRET_ACCESS_KEY": options["secret"],
-        "AWS_REGION": "us-east-1",
-    }
 
 
 def expect(url: str) -> Path:
@@ -307,7 +297,7 @@ def expect(url: str) -> Path:
 def test_what_is_expected_is_fetched_before_it_is_asked_for(
     start: Callable[..., Node], hosted: Hosted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in _as_environment(hosted).items():
+    for name, value in hosted.environment.items():
         monkeypatch.setenv(name, value)
     past = expect(hosted.url)
     node = start('[daemon]\nhttp = ""\nforecast = true\n')
@@ -327,7 +317,7 @@ def test_what_is_expected_is_fetched_before_it_is_asked_for(
 def test_a_list_is_a_demand_and_drives_out_what_is_expected(
     start: Callable[..., Node], hosted: Hosted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in _as_environment(hosted).items():
+    for name, value in hosted.environment.items():
         monkeypatch.setenv(name, value)
     expect(hosted.url)
     configuration = f'host_budget_bytes = {60 * MIB}\n[daemon]\nhttp = ""\nforecast = true\n'

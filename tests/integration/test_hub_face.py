@@ -55,9 +55,8 @@ def seen(s3: S3Server, folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     with pytest.MonkeyPatch.context() as env:
         env.setenv("WEIGHTCACHE_DIR", str(work / "cache"))
         env.setenv("WEIGHTCACHE_CONFIG", os.devnull)
-        env.setenv("AWS_ENDPOINT_URL", s3.endpoint)
-        env.setenv("AWS_ACCESS_KEY_ID", s3.key)
-        env.setenv("AWS_SECRET_ACCESS_KEY", s3.secret)
+        for name, value in s3.environment().items():
+            env.setenv(name, value)
         uri, registry = bucket.upload(folder, "many/tiny"), work / "registry"
         for number in (1, 2):
             (work / f"v{number}").mkdir()
@@ -94,10 +93,10 @@ def face(folder: Path) -> Iterator[ServedHub]:
 
 @pytest.fixture
 def hosted(folder: Path, bucket: Bucket, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Hosted:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", bucket.server.key)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", bucket.server.secret)
-    return host(folder, bucket, proxy)
+    hosted = host(folder, bucket, proxy)
+    for name, value in hosted.environment.items():
+        monkeypatch.setenv(name, value)
+    return hosted
 
 
 # The client

@@ -67,11 +67,8 @@ def test_readme_python_runs(
     (folder / "config.json").write_text("{}")
     (folder / "tokenizer.json").write_text("{}")
     hosted = host(folder, bucket, proxy)
-    server = bucket.server
-    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", server.key)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", server.secret)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    for name, value in hosted.environment.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(blocks) >= 2

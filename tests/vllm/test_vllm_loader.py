@@ -90,8 +90,8 @@ def test_refuses_an_extra_config_it_does_not_know(folders: tuple[Path, Path], ma
         make(model=str(folders[0]), load_format="weightcache", model_loader_extra_config={"storage_option": {}})
 
 
-class Ranks:
-    """An engine of two ranks, each a process of its own, made by the first question."""
+class Apart:
+    """An engine in a process of its own, or in one a rank, made by the first question."""
 
     def __init__(self, log: Path) -> None:
         environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "0|0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -116,8 +116,8 @@ class Ranks:
 
 
 @contextmanager
-def ranks(log: Path) -> Iterator[Ranks]:
-    started = Ranks(log)
+def apart(log: Path) -> Iterator[Apart]:
+    started = Apart(log)
     try:
         yield started
     finally:
@@ -128,7 +128,7 @@ def test_two_ranks_read_the_origin_once_and_hold_one_image(
     hosted: Hosted, config: str, expected: Both, tmp_path: Path, start: Callable[..., Node]
 ) -> None:
     options = {"model": config, "uri": hosted.url, "storage_options": hosted.options, "tensor_parallel_size": 2}
-    with ranks(tmp_path / "ranks.log") as two:
+    with apart(tmp_path / "ranks.log") as two:
         assert two.ask({"engine": options}) == expected[0]
         assert 0 < hosted.served_bytes() <= 1.01 * hosted.nbytes
         hosted.proxy.reset()
@@ -138,3 +138,32 @@ def test_two_ranks_read_the_origin_once_and_hold_one_image(
         (image,) = node.images().values()
         assert image["uri"] == hosted.url
         assert image["n_hits"] >= 2
+
+
+def test_takes_uris_for_models_where_that_is_set(
+    hosted: Hosted, expected: Both, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in hosted.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WEIGHTCACHE_VLLM_URIS", "1")
+    with apart(tmp_path / "vllm.log") as one:
+        assert one.ask({"engine": {"model": hosted.url}}) == expected[0]
+        assert one.ask({"reload": None}) == expected[0]
+    assert f"weights of {hosted.url}: 39 tensors" in (tmp_path / "vllm.log").read_text()
+    assert hosted.served_bytes() <= 1.01 * hosted.nbytes + hosted.n_shards * engine.HEADER_NBYTES
+
+
+@pytest.mark.parametrize("release", ["0.31.2", "0.34.0", "1.0.0"])
+def test_changes_no_release_that_it_does_not_know(
+    release: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import vllm
+    from vllm.config.vllm import VllmConfig
+
+    from weightcache.loaders.vllm_uris import take_uris
+
+    monkeypatch.setattr(vllm, "__version__", release)
+    before = VllmConfig.try_verify_and_update_config
+    take_uris("weightcache", tmp_path)
+    assert VllmConfig.try_verify_and_update_config is before
+    assert f"vLLM is {release}, known are 0.32.*, 0.33.*" in caplog.text

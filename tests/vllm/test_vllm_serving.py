@@ -23,9 +23,6 @@ from vllm_engine import Tokens
 READY_TIMEOUT_S = 400.0  # three processes that import vLLM, one after the other
 END_TIMEOUT_S = 120.0
 ANSWER_TIMEOUT_S = 120.0
-HEADER_NBYTES = (
-    128 << 10
-)  # what is read of each shard to know its header, for vLLM's configuration and again for its ranks
 
 
 def write_adapter(folder: Path) -> None:
@@ -112,14 +109,12 @@ def test_serves_a_bucket_and_the_adapters_in_it(
     hosted = host(folders[0], bucket, proxy, "models/one")
     (tmp_path / "weightcache.toml").write_text(f'loras = "{bucket.url}/loras"\n')
     monkeypatch.setenv("WEIGHTCACHE_CONFIG", str(tmp_path / "weightcache.toml"))
-    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", bucket.server.key)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", bucket.server.secret)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    for name, value in hosted.environment.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     with served(tmp_path / "vllm.log", hosted.url, "--enable-lora", "--max-lora-rank", "8") as server:
         assert server.tokens("one") == expected[0]
-        assert hosted.served_bytes() <= 1.01 * hosted.nbytes + hosted.n_shards * HEADER_NBYTES
+        assert hosted.served_bytes() <= 1.01 * hosted.nbytes + hosted.n_shards * engine.HEADER_NBYTES
         tuned = server.tokens("tuned")
         server.ask("/v1/load_lora_adapter", lora_name="as vLLM reads it", lora_path=str(tmp_path / "tuned"))
         assert tuned == server.tokens("as vLLM reads it") != expected[0]

@@ -16,6 +16,7 @@ import models
 
 PROMPTS = [[5, 6, 7], [100, 3], [17]]
 N_TOKENS = 12
+HEADER_NBYTES = 128 << 10  # what is read of each shard to know its header: for vLLM's configuration, and for its ranks
 # Tokens are compared: float32, so that no other order of additions decides, and wide random weights, so that they differ.
 CONFIG: dict[str, Any] = models.TINY_CONFIG | {
     "initializer_range": 0.3,

@@ -69,8 +69,11 @@ def serve(output: Output, /, uri: str, arguments: Sequence[str], storage_options
                 uri, staging, weights=False, headers=True, storage_options=storage_options, progress=progress
             )
         folder = kept / f"{name}-{report.revision.partition(':')[2][:16]}"
-        if not folder.is_dir():
+        try:
             staging.rename(folder)  # never over another: a server that runs may read its files again
+        except OSError:
+            if not folder.is_dir():
+                raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     command = serve_command(folder, pinned(uri, report.revision), storage_options, name, arguments)
