@@ -8,7 +8,8 @@ from __future__ import annotations
 import glob
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Self
 
 import weightcache
@@ -17,9 +18,9 @@ from weightcache import errors
 if TYPE_CHECKING:
     import torch
 
-# What may lie here before it is asked for: two of the stream's groups. Where a stack converts what it gets, this is
-# what a load holds beside the converted model.
-AHEAD_NBYTES = 512 << 20
+# Of the memory that is free, what tensors may take before they are asked for: a stack builds its model while they arrive.
+# Where it then converts what it gets, this is what a load holds beside the converted model at most.
+AHEAD_SHARE = 1 / 8
 
 MOST_DEVICES = 32  # of a node; more would take turns
 
@@ -33,62 +34,79 @@ class Arriving:
     The transfer starts at once, in the order in which stacks ask: by the names' parts, numbers as numbers.
 
     Attributes:
-        reports: `weightcache.stream`'s, one a device, each whole when its last tensor arrived.
-        here_nbytes: Of the tensors that nobody has taken yet.
+        reports: `weightcache.stream`'s, one a device, each whole when its last tensor was asked for.
     """
 
     def __init__(
         self,
         uri: str,
-        place: Callable[[Sequence[str]], Placements],
+        place: str | Callable[[Sequence[str]], Placements],
         options: Mapping[str, Any],
         *,
         include: str | None = None,
         exclude: Sequence[str] = (),
         progress: weightcache.Progress | None = None,
     ) -> None:
-        """Begin.
+        """Begin, and wait until the names are known.
 
         Args:
-            place: Told the names, says where they go; called on another thread.
+            place: The device of all tensors; or, told their names, says which go where.
             options: Of `weightcache.plan` and `weightcache.stream`.
             include: Of both, as is `exclude`.
             progress: Of the stream to each device.
         """
-        self.reports: list[Any] = []
-        self._uri = uri
-        self._place = place
-        self._options = dict(options)
-        self._wanted: dict[str, Any] = {"include": include, "exclude": list(exclude) or None}
-        self._progress = progress
-        self._changed = threading.Condition()  # guards all below
-        self._names: tuple[str, ...] | None = None
-        self._here: dict[str, torch.Tensor] = {}
-        self.here_nbytes = 0
-        self._n_waiting = 0
-        self._is_closed = False
-        self._pool = ThreadPoolExecutor(MOST_DEVICES + 1, "weightcache-loader")
-        self._job = self._pool.submit(self._run)
-        self._job.add_done_callback(self._tell)
+        wanted: dict[str, Any] = {"include": include, "exclude": list(exclude) or None}
+        if isinstance(place, str):
+            wanted_there = {place: wanted}
+        else:
+            placements = place(sorted(weightcache.plan(uri, **wanted, **options).names, key=_by_parts))
+            wanted_there = {
+                device: {"include": [literally(name) for name in names]} for device, names in placements.items()
+            }
+        self._held = ExitStack()
+        sources = []
+        for device, there in wanted_there.items():
+            stream = weightcache.stream(
+                uri, device, order=_by_parts, ahead_share=AHEAD_SHARE, progress=progress, **there, **options
+            )
+            sources.append(_Source(uri, stream))
+            self._held.callback(sources[-1].close)
+        self.reports = [source.stream.report for source in sources]
+        self._sources: dict[str, _Source] = {}
+        try:
+            with ThreadPoolExecutor(MOST_DEVICES, "weightcache-loader") as pool:
+                for source, names in zip(sources, pool.map(lambda each: each.stream.names, sources), strict=True):
+                    self._sources |= dict.fromkeys(names, source)
+            if len({report.revision for report in self.reports}) > 1:
+                raise errors.OriginChangedError(
+                    f"{uri} changed while it was loaded; load again when its writer is done"
+                )
+        except BaseException:
+            self._held.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._is_closed = True
-            self._here.clear()
-            self.here_nbytes = 0
-            self._changed.notify_all()
-        self._pool.shutdown()
+        self._held.close()
 
     def pending(self, prefix: str = "") -> dict[str, Pending]:
-        """Wait until the names are known, and return what can be asked for, by its name without the prefix."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._names is not None or self._job.done())
-        if self._names is None:
-            self._job.result()  # raises
-        return {name.removeprefix(prefix): Pending(self, name) for name in self._names or () if name.startswith(prefix)}
+        """Return what can be asked for, by its name without the prefix."""
+        there = sorted((name for name in self._sources if name.startswith(prefix)), key=_by_parts)
+        return {name.removeprefix(prefix): Pending(self._sources[name], name) for name in there}
+
+
+class _Source:
+    """One stream, from which whoever waits longest takes for all."""
+
+    def __init__(self, uri: str, stream: Any) -> None:
+        self.stream = stream
+        self._uri = uri
+        self._changed = threading.Condition()  # guards all below
+        self._here: dict[str, torch.Tensor] = {}
+        self._is_taken_from = False
+        self._failure: BaseException | None = None
 
     def look(self, name: str) -> torch.Tensor:
         """Wait for a tensor, and leave it here. Raises what ended its transfer."""
@@ -98,84 +116,62 @@ class Arriving:
     def take(self, name: str) -> torch.Tensor:
         """Wait for a tensor, and hand it over, once. Raises what ended its transfer."""
         with self._changed:
-            tensor = self._wait(name)  # which lets others in
-            del self._here[name]
-            self.here_nbytes -= tensor.nbytes
-            self._changed.notify_all()
-            return tensor
+            self._wait(name)
+            return self._here.pop(name)
+
+    def close(self) -> None:
+        """Stop, once nobody takes from the stream any more, and drop what is here."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_taken_from)
+            self._here.clear()
+            self.stream.close()  # which yields nothing from now on
 
     def _wait(self, name: str) -> torch.Tensor:
-        self._n_waiting += 1
-        self._changed.notify_all()
-        try:
-            self._changed.wait_for(lambda: name in self._here or self._job.done())
-        finally:
-            self._n_waiting -= 1
-        if name not in self._here:
-            self._job.result()  # raises
-            raise errors.OriginChangedError(
-                f"tensor {name!r} of {self._uri} did not arrive: the model changed while it was loaded, or it was asked "
-                "for twice; load again",
-                tensor=name,
-            )
+        while name not in self._here:
+            if self._failure is not None:
+                raise self._failure
+            if self._is_taken_from:
+                self._changed.wait()
+            else:
+                self._take_next(name)
         return self._here[name]
 
-    def _tell(self, _: Future[None]) -> None:
-        with self._changed:
-            self._changed.notify_all()
-
-    def _run(self) -> None:
-        names = sorted(weightcache.plan(self._uri, **self._wanted, **self._options).names, key=_by_parts)
-        placements = self._place(names)
-        with self._changed:
-            self._names = tuple(names)
-            self._changed.notify_all()
-        if len(placements) == 1:
-            self._stream(next(iter(placements)), names, self._wanted)
-            return
-        jobs = [
-            self._pool.submit(self._stream, device, there, {"include": [literally(name) for name in there]})
-            for device, there in placements.items()
-        ]
-        for job in jobs:
-            job.result()
-
-    def _stream(self, device: str, names: Sequence[str], wanted: Mapping[str, Any]) -> None:
-        stream = weightcache.stream(self._uri, device, order=names, progress=self._progress, **wanted, **self._options)
-        self.reports.append(stream.report)
+    def _take_next(self, wanted: str) -> None:
+        """Take a tensor from the stream, whichever it is, and let others in meanwhile."""
+        self._is_taken_from = True
+        self._changed.release()
         try:
-            for name, tensor in stream:
-                with self._changed:
-                    self._here[name] = tensor
-                    self.here_nbytes += tensor.nbytes
-                    del tensor
-                    self._changed.notify_all()
-                    self._changed.wait_for(self._may_go_on)
-                    if self._is_closed:
-                        return
+            name, tensor = next(self.stream)
+        except StopIteration:
+            self._failure = errors.WeightcacheError(
+                f"tensor {wanted!r} of {self._uri} was handed over before, or its load has ended; load again"
+            )
+        except BaseException as exc:
+            self._failure = exc
+            raise
         finally:
-            stream.close()
-
-    def _may_go_on(self) -> bool:
-        """Whether to take more: always, while somebody waits for what is still to come."""
-        return self._is_closed or self._n_waiting > 0 or self.here_nbytes < AHEAD_NBYTES
+            self._changed.acquire()
+            self._is_taken_from = False
+            self._changed.notify_all()
+        if self._failure is None:
+            self._here[name] = tensor
 
 
 class Pending:
     """A tensor on its way: `[...]` waits for it and hands it over, once; its attributes wait, and leave it there."""
 
-    __slots__ = ("_arriving", "_name")
+    __slots__ = ("_name", "_source")
 
-    def __init__(self, arriving: Arriving, name: str) -> None:
-        self._arriving = arriving
+    def __init__(self, source: _Source, name: str) -> None:
+        self._source = source
         self._name = name
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        tensor = self._arriving.take(self._name)
+        tensor = self._source.take(self._name)
         return tensor if index is Ellipsis else tensor[index]
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._arriving.look(self._name), name)
+        return getattr(self._source.look(self._name), name)
 
 
 def literally(name: str) -> str:

@@ -61,9 +61,7 @@ def load(
     # Of what the user brings along, or does without, nothing is read.
     brought = [name for name, value in kwargs.items() if value is None or isinstance(value, torch.nn.Module)]
     exclude = [f"{literally(name)}/*" for name in brought]
-    with Arriving(
-        uri, lambda names: {device: names}, options, include=include, exclude=exclude, progress=progress
-    ) as arriving:
+    with Arriving(uri, device, options, include=include, exclude=exclude, progress=progress) as arriving:
         names = arriving.pending()
         with pulled(uri, options) as folder:
             if is_component:

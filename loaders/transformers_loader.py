@@ -71,16 +71,14 @@ def load(
     if not is_model_class(cls):
         return _load_beside(uri, cls, options, subfolder, kwargs)
 
-    def begin(place: Callable[[Sequence[str]], Placements]) -> Arriving:
+    def begin(place: str | Callable[[Sequence[str]], Placements]) -> Arriving:
         include = f"{literally(prefix)}*" if prefix else None
         return stack.enter_context(Arriving(uri, place, options, include=include, progress=progress))
 
     with ExitStack() as stack:
         kwargs["device_map"] = device_map = _device_map(kwargs.get("device_map"))
         device = _only_device(device_map)
-        arriving = begin(lambda names: {device: names}) if device else None
-        if arriving:
-            arriving.pending()  # described: so it is described once
+        arriving = begin(device) if device else None
         folder = stack.enter_context(pulled(uri, options)) / subfolder
         config, model_class, shell, kwargs = _describe(uri, cls, folder, kwargs)
         if arriving is None:

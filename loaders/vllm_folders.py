@@ -13,8 +13,8 @@ from typing import Any
 import weightcache
 
 
-def bring(uri: str, kept: Path, **what: Any) -> tuple[Path, weightcache.Report]:
-    """Pull what is wanted of a model into the folder of its revision below a folder, and return that.
+def bring(uri: str, kept: Path, **what: Any) -> tuple[Path, Any]:
+    """Pull what is wanted of a model into the folder of its revision below a folder, and return that and the report.
 
     Args:
         what: Of `weightcache.pull`; the same for all that is kept in one folder.

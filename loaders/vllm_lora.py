@@ -49,6 +49,7 @@ class WeightcacheLoRAResolver(LoRAResolver):  # type: ignore[misc]  # vLLM is no
         return LoRARequest(lora_name=lora_name, lora_int_id=abs(hash(lora_name)), lora_path=str(folder))
 
     def _bring(self, name: str) -> Path | None:
+        folder: Path
         uri = f"{self._place}/{name}"
         try:
             if CONFIG not in [file.path for file in weightcache.list_files(uri).files]:

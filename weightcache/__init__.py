@@ -146,7 +146,8 @@ def stream(
     *,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
-    order: Sequence[str] = (),
+    order: Sequence[str] | Callable[[str], Any] = (),
+    ahead_share: float = 0.0,
     cache: str = "auto",
     offline: bool | None = None,
     storage_options: Mapping[str, Any] | None = None,
@@ -158,16 +159,20 @@ def stream(
     The model comes in groups of tensors of some 256 MiB, or of one larger tensor, two at a time: that is what is held
     beside the tensors that the caller keeps. A yielded tensor stays valid as long as it is held, and keeps its group's
     memory. Arguments and errors are those of `load_model`; an error may come after some tensors were yielded. Leaving
-    the loop early stops the transfer. The iterator's `report` says where the bytes came from, and when.
+    the loop early stops the transfer. The iterator's `report` says where the bytes came from, and when; its `names`,
+    which waits for the model to be described, what comes.
 
     Args:
         order: Names of the tensors whose groups come first, in this order, as an earlier run used them; the others follow
-            as they lie in their files.
+            as they lie in their files. Or a key to sort all names by.
+        ahead_share: Share of the memory that is free when the model is described, the device's or the host's, that groups
+            may take before they are asked for; two are allowed in any case.
     """
     from weightcache import cache as conductor
 
     request = _request(uri, include, exclude, cache, offline, storage_options, timeout_s, progress)
-    return conductor.TensorStream(replace(request, order=tuple(order)), device)
+    order = order if callable(order) else tuple(order)
+    return conductor.TensorStream(replace(request, order=order, ahead_share=ahead_share), device)
 
 
 def load_into(

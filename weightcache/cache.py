@@ -208,33 +208,45 @@ class TensorStream:
 
     def __init__(self, request: Request, device: str | torch.device) -> None:
         self.report = Report(uri=request.uri)
-        self._tensors = _stream(request, device, self.report)
+        self._names: tuple[str, ...] | None = None
+        self._given = _stream(request, device, self.report)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tensors, in file order. The first look begins the transfer, and raises what describing raises."""
+        if self._names is None:
+            self._names = next(self._given)
+        return self._names
 
     def __iter__(self) -> TensorStream:
         return self
 
     def __next__(self) -> tuple[str, torch.Tensor]:
-        return next(self._tensors)
+        if self._names is None:
+            self._names = next(self._given)
+        given: tuple[str, torch.Tensor] = next(self._given)
+        return given
 
     def close(self) -> None:
         """Stop the transfer. May be called twice."""
-        self._tensors.close()
+        self._given.close()
 
 
-def _stream(
-    request: Request, device: str | torch.device, report: Report
-) -> Generator[tuple[str, torch.Tensor], None, None]:
+def _stream(request: Request, device: str | torch.device, report: Report) -> Generator[Any, None, None]:
+    """Yield the names of all tensors, and then each with its name."""
     revision, left = None, set[str]()
     while True:
         session, where = open_for(request, device, report)
         limit_freed(min(session.settings.host_budget_bytes or FREED_NBYTES, FREED_NBYTES))
         windows_ahead = Windows(session, where)
         try:
-            names = {tensor.name for tensor in windows_ahead.begin()}
-            if revision not in (None, session.manifest.revision):
-                raise OriginChangedError(f"{session.name} changed while it was streamed; stream again")
-            revision, left = session.manifest.revision, left or names
+            names = tuple(tensor.name for tensor in windows_ahead.begin())
             report.device = str(where.chosen)
+            if revision is None:
+                revision, left = session.manifest.revision, set(names)
+                yield names
+            elif revision != session.manifest.revision:
+                raise OriginChangedError(f"{session.name} changed while it was streamed; stream again")
             for wanted, tensor in windows_ahead:
                 given = [(wanted.name, tensor)]  # popped: nothing here holds on to what the user lets go
                 left.discard(wanted.name)
@@ -251,7 +263,7 @@ def _stream(
             session.settle()
             session.release()
             limit_freed(0)  # who streams has the tensors elsewhere now, and another use for the memory
-        order = [name for name in request.order if name in left]
+        order = request.order if callable(request.order) else [name for name in request.order if name in left]
         request = replace(request, takes_images=False, names=frozenset(left), include=None, exclude=None, order=order)
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
+from typing import Any
 
 from weightcache.dtypes import alignment_bytes
 from weightcache.errors import FormatError
@@ -104,17 +105,21 @@ def want(manifest: Manifest, wanted: Callable[[str], bool] = lambda name: True) 
     return found
 
 
-def windows(tensors: Iterable[Wanted], limit: int, order: Sequence[str] = ()) -> Iterator[list[Wanted]]:
+Order = Sequence[str] | Callable[[str], Any]
+"""Names that come first, in this order; or a key, as `sorted` takes it, to sort all names by."""
+
+
+def windows(tensors: Iterable[Wanted], limit: int, order: Order = ()) -> Iterator[list[Wanted]]:
     """Divide tensors into groups of about `limit` bytes, cut only where no chunk is in two of them.
 
     Args:
         tensors: In file order.
         limit: Bytes after which a group ends.
-        order: Names of tensors whose groups come first, in this order. Within a group tensors are in file order.
+        order: Of the groups. Within a group tensors are in file order.
     """
-    rank = {name: number for number, name in enumerate(order)}
+    rank = order if callable(order) else _rank_in(order)
     in_file_order = list(enumerate(_together(tensors)))
-    some_first = sorted(in_file_order, key=lambda some: min(rank.get(each.name, len(rank)) for each in some[1]))
+    some_first = sorted(in_file_order, key=lambda some: min(rank(each.name) for each in some[1]))
     group: list[tuple[int, list[Wanted]]] = []
     nbytes = 0
     for some in some_first:
@@ -125,6 +130,11 @@ def windows(tensors: Iterable[Wanted], limit: int, order: Sequence[str] = ()) ->
         nbytes += sum(tensor.entry.nbytes for tensor in some[1])
     if group:
         yield [tensor for _, each in sorted(group, key=itemgetter(0)) for tensor in each]
+
+
+def _rank_in(names: Sequence[str]) -> Callable[[str], int]:
+    ranks = {name: number for number, name in enumerate(names)}
+    return lambda name: ranks.get(name, len(ranks))
 
 
 def _together(tensors: Iterable[Wanted]) -> Iterator[list[Wanted]]:

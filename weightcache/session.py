@@ -37,7 +37,7 @@ from weightcache.errors import (
     nearest,
 )
 from weightcache.files import file_system_of, is_network
-from weightcache.layout import ChunkKey, Wanted, want
+from weightcache.layout import ChunkKey, Order, Wanted, want
 from weightcache.ledger import Ledger, place_of
 from weightcache.locks import Flight
 from weightcache.manifest import Manifest, Shard
@@ -88,7 +88,8 @@ class Request:
     offline: bool | None = None
     include: Patterns = None
     exclude: Patterns = None
-    order: Sequence[str] = ()
+    order: Order = ()
+    ahead_share: float = 0.0
     timeout_s: float | None = None
     progress: Progress | None = None
     names: frozenset[str] | None = None
@@ -595,18 +596,21 @@ def _patterns(given: Patterns) -> list[str] | None:
 def find_wanted(session: Session) -> list[Wanted]:
     """Return the tensors that the request asks for. Raises ConfigError when its patterns leave none."""
     request, attached = session.request, session.attached
-    if attached is not None and not (request.include or request.exclude or request.order or request.names is not None):
-        return attached.wanted
-    wanted = want(session.manifest, wanted_names(session.request))
-    if not wanted and (session.request.include or session.request.exclude):
+    if attached is not None and not (request.include or request.exclude or request.names is not None):
+        wanted = attached.wanted
+    else:
+        wanted = want(session.manifest, wanted_names(request))
+    if not wanted and (request.include or request.exclude):
         names = [name for name, _, _ in session.manifest.tensors()]
-        hint = nearest((_patterns(session.request.include) or [""])[0], names)
+        hint = nearest((_patterns(request.include) or [""])[0], names)
         raise ConfigError(
-            f"include={session.request.include!r}, exclude={session.request.exclude!r} leave none of the {len(names)} "
-            f"tensors of {session.name}{hint}"
+            f"include={request.include!r}, exclude={request.exclude!r} leave none of the {len(names)} tensors of "
+            f"{session.name}{hint}"
         )
-    known = {tensor.name for tensor in wanted}
-    for name in session.request.order:
+    if callable(request.order):
+        return wanted
+    known = {tensor.name for tensor in wanted} if request.order else set()
+    for name in request.order:
         if name not in known:
             raise ConfigError(
                 f"order names {name!r}, which is no tensor wanted of {session.name}{nearest(name, known)}"

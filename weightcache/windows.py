@@ -15,6 +15,7 @@ from weightcache.arrival import Arrival, Counter
 from weightcache.delivery import Where, account, counter_of, hold_image, home_for, move, transfer_of
 from weightcache.digest import Digest
 from weightcache.layout import ChunkKey, Wanted, windows
+from weightcache.machine import memory_available_bytes
 from weightcache.modelfiles import missing_file_keys
 from weightcache.session import Session, chunks_of, decide, describe_model, find_wanted, look
 from weightcache.tiers.host import SharedImage
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 WINDOW_NBYTES = 256 << 20  # sixteen ranges: what the connections keep under way together
-WINDOWS_AHEAD = 2  # one being used, one on its way
+WINDOWS_AHEAD = 2  # one being used, one on its way; where more may wait, no more are on their way
 
 
 class Windows:
@@ -44,6 +45,7 @@ class Windows:
         self._described = threading.Event()
         self._is_described = False
         self._arrived: queue.SimpleQueue[tuple[Arrival, int] | None] = queue.SimpleQueue()
+        self._on_their_way = asyncio.Semaphore(WINDOWS_AHEAD)
         self._gate = asyncio.Semaphore(WINDOWS_AHEAD)
         self._job = session.threads.start(self._bring())
 
@@ -99,10 +101,13 @@ class Windows:
                 counter = counter_of(session, keys)
                 self._is_described = True
                 self._described.set()
+            for _ in range(self._n_more()):
+                self._gate.release()
             with report.stage("move"):
                 async with asyncio.TaskGroup() as group:
                     for number, window in enumerate(windows(self.wanted, WINDOW_NBYTES, session.request.order)):
                         await self._gate.acquire()
+                        await self._on_their_way.acquire()
                         group.create_task(self._bring_window(window, [] if number else file_keys, counter))
                     if not self.wanted:
                         group.create_task(self._bring_window([], file_keys, counter))
@@ -113,6 +118,14 @@ class Windows:
             self._described.set()
             self._arrived.put(None)
             await session.close_origin()
+
+    def _n_more(self) -> int:
+        """Return how many windows may wait beyond the two."""
+        if not self._session.request.ahead_share:
+            return 0
+        landing = self._where.landing
+        free_nbytes = memory_available_bytes() if landing is None else landing.free_nbytes()
+        return max(0, int(self._session.request.ahead_share * free_nbytes) // WINDOW_NBYTES - WINDOWS_AHEAD)
 
     async def _bring_window(self, window: Sequence[Wanted], file_keys: Sequence[ChunkKey], counter: Counter) -> None:
         session, where, held = self._session, self._where, self._held
@@ -128,4 +141,5 @@ class Windows:
             await move(session, transfer_of(session, arrival, where.landing, held), plan)
             self.files.update(arrival.files)
         finally:
+            self._on_their_way.release()
             owner.clear()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from cache_folder import chunk_files, flip_byte
 from hosted import Hosted, host
-from nodes import Node
+from nodes import Node, wait_until
 from reference import assert_same, raw, tensors_of
 from servers import Bucket, Proxy
 from standin import StandIn, build_standin
@@ -206,30 +206,56 @@ def test_a_streamed_tensor_stays_valid_as_long_as_it_is_held(
     assert_same(dict(weightcache.stream(folder, "cuda:0")), tensors_of(folder))
 
 
-@pytest.mark.parametrize("device", ["cuda:0", "cpu"])
-def test_a_stream_holds_few_groups_of_tensors_at_a_time(
-    standin: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
-) -> None:
-    monkeypatch.setattr(windows, "WINDOW_NBYTES", 1 << 20)
+@pytest.fixture
+def layers(tmp_path: Path) -> Path:
+    """A checkpoint of twelve tensors, each a group of its own."""
     folder = tmp_path / "layers"
     folder.mkdir()
     models.write_safetensors(folder / "model.safetensors", {f"t{n}": ("F32", (512, 1024)) for n in range(12)})
-    made: list[weakref.ref[object]] = []
+    return folder
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[object]]:
+    """The memory of each group of tensors that streams have made room for."""
+    monkeypatch.setattr(windows, "WINDOW_NBYTES", 1 << 20)
+    found: list[weakref.ref[object]] = []
     make = windows.home_for
 
     def remember(*arguments: object) -> object:
         home = make(*arguments)  # type: ignore[arg-type]
-        made.append(weakref.ref(home))
+        found.append(weakref.ref(home))
         return home
 
     monkeypatch.setattr(windows, "home_for", remember)
+    return found
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cpu"])
+def test_a_stream_holds_few_groups_of_tensors_at_a_time(
+    standin: StandIn, layers: Path, made: list[weakref.ref[object]], device: str
+) -> None:
     n_alive = []
-    for _, tensor in weightcache.stream(folder, device):
+    for _, tensor in weightcache.stream(layers, device):
         del tensor
         gc.collect()
         n_alive.append(sum(home() is not None for home in made))
     assert len(made) == 12
     assert max(n_alive) <= windows.WINDOWS_AHEAD
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cpu"])
+def test_a_stream_runs_ahead_within_a_share_of_what_is_free(
+    standin: StandIn, layers: Path, made: list[weakref.ref[object]], monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    for module in (windows, devices):
+        monkeypatch.setattr(module, "memory_available_bytes", lambda: 50 << 20)
+    done = [0]
+    stream = weightcache.stream(layers, device, ahead_share=0.1, progress=lambda nbytes, _: done.__setitem__(0, nbytes))
+    assert len(stream.names) == 12
+    wait_until(lambda: done[0] >= 5 * (2 << 20))
+    assert len(made) == 5
+    assert_same(dict(stream), tensors_of(layers))
 
 
 def test_a_stream_that_is_left_early_stops(standin: StandIn, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

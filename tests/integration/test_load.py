@@ -284,13 +284,17 @@ def test_a_stream_reports_as_a_load_does(folder: Path, url: str, options: Option
     assert {"describe", "move"} <= report.seconds.keys()
 
 
+@pytest.mark.parametrize("by_key", [False, True])
 def test_a_stream_comes_in_the_order_that_is_wanted(
-    layers: Path, layers_url: str, options: Options, monkeypatch: pytest.MonkeyPatch
+    layers: Path, layers_url: str, options: Options, monkeypatch: pytest.MonkeyPatch, by_key: bool
 ) -> None:
     monkeypatch.setattr("weightcache.windows.WINDOW_NBYTES", 1)
     names = sorted(tensors_of(layers), reverse=True)
-    came = [name for name, _ in weightcache.stream(layers_url, "cpu", order=names, storage_options=options)]
-    assert sorted(came) == sorted(names)
+    order = names.index if by_key else names
+    stream = weightcache.stream(layers_url, "cpu", order=order, storage_options=options)
+    assert sorted(stream.names, reverse=True) == names
+    came = [name for name, _ in stream]
+    assert sorted(came, reverse=True) == names
     late = [came.index(name) - number for number, name in enumerate(names)]
     assert max(late) < WINDOWS_AHEAD  # those under way together overtake each other
     with pytest.raises(errors.ConfigError, match="nowhere"):

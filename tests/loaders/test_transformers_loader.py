@@ -30,7 +30,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from weightcache import errors
+from weightcache import errors, windows
 from weightcache.loaders import arriving, from_pretrained
 from weightcache.loaders.transformers_loader import placements
 from weightcache.tiers.device import close_devices
@@ -300,12 +300,14 @@ def test_each_device_gets_its_own_tensors(hosted: Callable[[Path], Hosted], llam
 def test_tensors_come_in_any_order_that_they_are_asked_for(
     hosted: Callable[[Path], Hosted], llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arriving, "AHEAD_NBYTES", 1)
+    monkeypatch.setattr(windows, "WINDOW_NBYTES", 1)
+    monkeypatch.setattr(arriving, "AHEAD_SHARE", 0.0)
     there = hosted(llama)
-    with arriving.Arriving(there.url, lambda names: {"cpu": names}, {"storage_options": there.options}) as coming:
+    with arriving.Arriving(there.url, "cpu", {"storage_options": there.options, "timeout_s": 60.0}) as coming:
         pending = coming.pending()
         got = {name: pending[name][...] for name in reversed(pending)}
-        assert coming.here_nbytes == 0
+        with pytest.raises(errors.WeightcacheError, match="handed over before"):
+            pending[next(iter(pending))][...]
     assert {name: raw(tensor) for name, tensor in got.items()} == {
         name: raw(tensor) for name, tensor in there.tensors.items()
     }

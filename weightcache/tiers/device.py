@@ -19,7 +19,7 @@ import torch
 from weightcache import _engine
 from weightcache.errors import CapacityError, DeviceError
 from weightcache.layout import ChunkKey, Packing, Placement
-from weightcache.machine import cpus_of_node, numa_node_of
+from weightcache.machine import cpus_of_node, memory_available_bytes, numa_node_of
 from weightcache.operations import Crew, DevicePlace, Operations, Target, address_of
 from weightcache.tiers.host import Scratch
 
@@ -85,6 +85,10 @@ class Landing:
         """Wait for what was enqueued on the stream, so that every stream sees it."""
         if self.stream is not None:
             self.stream.synchronize()
+
+    def free_nbytes(self) -> int:
+        """Return how much of the device's memory nobody has allocated."""
+        return memory_available_bytes() if self.stream is None else torch.cuda.mem_get_info(self.torch_device)[0]
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Return `nbytes` of device memory as uint8, at a 256-byte boundary, from torch's allocator.
