@@ -8,6 +8,7 @@ Questions (each runs alone with `--only`, by the beginning of its name) and thei
     vllm            The same through vLLM's; only with --vllm-python.
     transformers-warm    The same by `weightcache.loaders.from_pretrained`, and no slower than transformers' own load of the
                     folder, page cache warm too.
+    transformers-hot    From host memory, as the node daemon keeps models there: no slower than that load of the folder.
     transformers-origin  From an S3 server on loopback, nothing cached: 2 times as fast as a download by boto3 or by
                     huggingface_hub, whichever is faster, and transformers' own load of the folder.
 
@@ -134,6 +135,16 @@ def questions(wheels: Path | None, obstacle: str, vllm_python: str) -> tuple[Que
                 Case(FOLDER, "transformers_local", "folder", "warm", "transformers"),
             ),
             judges=(no_slower(URI, STREAM, 1.1), later_by_at_most(URI, STREAM, 0.3), no_slower(URI, FOLDER)),
+        ),
+        Comparison(
+            name="transformers-hot",
+            asks="From host memory: is from_pretrained a URI no slower than transformers from a folder, pages touched?",
+            model="llama",
+            cases=(
+                Case(URI, "transformers_hosted", "tier", "warm", "transformers"),
+                Case(FOLDER, "transformers_local", "folder", "warm", "transformers"),
+            ),
+            judges=(no_slower(URI, FOLDER),),
         ),
         Comparison(
             name="transformers-origin",

@@ -38,6 +38,13 @@ def transformers_loader(job: Job) -> Callable[[], Loaded]:
     return run
 
 
+def transformers_hosted(job: Job) -> Callable[[], Loaded]:
+    """Load what this process has brought to host memory before, by weightcache's loader."""
+    run = transformers_loader(job)
+    _imports(job)[0].prefetch(job["uri"], tier="host", storage_options=job["storage_options"])
+    return run
+
+
 def transformers_local(job: Job) -> Callable[[], Loaded]:
     """Load the folder on this disk by transformers alone, and read a byte of every page."""
     cls = _imports(job)[2]
@@ -115,4 +122,11 @@ def _loaded(model: Any, **options: Any) -> Loaded:
     return Loaded(measuring.touch({name: each.detach() for name, each in model.named_parameters()}), **options)
 
 
-LOADERS = (stream, transformers_loader, transformers_local, transformers_snapshot, transformers_boto3)
+LOADERS = (
+    stream,
+    transformers_loader,
+    transformers_hosted,
+    transformers_local,
+    transformers_snapshot,
+    transformers_boto3,
+)

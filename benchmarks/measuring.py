@@ -165,11 +165,17 @@ def back_memory(nbytes: int) -> float:
 def touch(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     """Read a byte of every page below the tensors, so that a lazy map has really been loaded.
 
-    Once a storage and not once a tensor: 6,000 small calls would cost a peer more than its page faults.
+    From the first to the last tensor of a storage, and not once a tensor: 6,000 small calls would cost a peer more than
+    its page faults.
     """
-    storages = [tensor.untyped_storage() for tensor in tensors.values()]
-    for storage in {storage.data_ptr(): storage for storage in storages}.values():
-        torch.empty(0, dtype=torch.uint8).set_(storage)[::PAGE_NBYTES].sum()
+    spans: dict[int, tuple[torch.UntypedStorage, int, int]] = {}
+    for tensor in tensors.values():
+        storage = tensor.untyped_storage()
+        begin = tensor.data_ptr() - storage.data_ptr()
+        _, first, last = spans.get(storage.data_ptr(), (storage, begin, begin))
+        spans[storage.data_ptr()] = storage, min(first, begin), max(last, begin + tensor.nbytes)
+    for storage, first, last in spans.values():
+        torch.empty(0, dtype=torch.uint8).set_(storage)[first:last:PAGE_NBYTES].sum()
     return tensors
 
 
