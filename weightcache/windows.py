@@ -107,7 +107,6 @@ class Windows:
                 async with asyncio.TaskGroup() as group:
                     for number, window in enumerate(windows(self.wanted, WINDOW_NBYTES, session.request.order)):
                         await self._gate.acquire()
-                        await self._on_their_way.acquire()
                         group.create_task(self._bring_window(window, [] if number else file_keys, counter))
                     if not self.wanted:
                         group.create_task(self._bring_window([], file_keys, counter))
@@ -129,17 +128,17 @@ class Windows:
 
     async def _bring_window(self, window: Sequence[Wanted], file_keys: Sequence[ChunkKey], counter: Counter) -> None:
         session, where, held = self._session, self._where, self._held
-        home = await session.threads.on_worker(home_for, session, window, where, held)
         owner: list[Arrival] = []
         keys = [*chunks_of(window), *file_keys]
         arrived = self._arrived
-        arrival = Arrival(session, home, keys, counter, lambda index: arrived.put((owner[0], index)))
-        owner.append(arrival)
-        try:
-            arrival.begin()
-            plan = decide(session, keys, self._stored, held.layout.chunks if held else ())
-            await move(session, transfer_of(session, arrival, where.landing, held), plan)
-            self.files.update(arrival.files)
-        finally:
-            self._on_their_way.release()
-            owner.clear()
+        async with self._on_their_way:
+            home = await session.threads.on_worker(home_for, session, window, where, held)
+            arrival = Arrival(session, home, keys, counter, lambda index: arrived.put((owner[0], index)))
+            owner.append(arrival)
+            try:
+                arrival.begin()
+                plan = decide(session, keys, self._stored, held.layout.chunks if held else ())
+                await move(session, transfer_of(session, arrival, where.landing, held), plan)
+                self.files.update(arrival.files)
+            finally:
+                owner.clear()

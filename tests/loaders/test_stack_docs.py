@@ -21,7 +21,7 @@ PART = re.compile(r"```python\n(?P<code>.*?)```(?:\n\n```text\n(?P<printed>.*?)`
 
 @pytest.mark.parametrize("name", ["transformers", "diffusers"])
 def test_a_page_runs_as_it_stands(name: str, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    server, made = bucket.server, tmp_path / "made"
+    made = tmp_path / "made"
     if name == "transformers":
         write_llama(made / "llama")
         bucket.upload(minilm_folder(), "minilm")
@@ -30,10 +30,8 @@ def test_a_page_runs_as_it_stands(name: str, bucket: Bucket, tmp_path: Path, mon
         write_unet(made / "tuned", seed=7)
         write_lora(made / "lora")
     bucket.upload(made, "")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", server.key)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", server.secret)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    for name, value in bucket.server.environment().items():
+        monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     names = {"torch": torch, "weightcache": weightcache}
     blocks = list(PART.finditer((STACKS / f"{name}.md").read_text()))

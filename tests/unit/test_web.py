@@ -16,7 +16,8 @@ import pytest
 import uvloop
 from served_page import ServedPage
 
-from weightcache.daemon.web import HEADERS, PAGE, is_named_so, serve
+from weightcache.daemon.listening import is_named_so
+from weightcache.daemon.web import HEADERS, PAGE, serve
 from weightcache.errors import ConfigError
 
 PATHS = (*PAGE, "/api/state", "/metrics", "/healthz", "/readyz")

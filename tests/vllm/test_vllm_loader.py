@@ -18,6 +18,7 @@ import pytest
 import vllm_engine as engine
 from hosted import Hosted, host
 from nodes import Node, wait_until
+from served_hub import ServedHub
 from servers import Bucket, Proxy
 from vllm_engine import Tokens
 
@@ -151,6 +152,24 @@ def test_takes_uris_for_models_where_that_is_set(
         assert one.ask({"reload": None}) == expected[0]
     assert f"weights of {hosted.url}: 39 tensors" in (tmp_path / "vllm.log").read_text()
     assert hosted.served_bytes() <= 1.01 * hosted.nbytes + hosted.n_shards * engine.HEADER_NBYTES
+
+
+@pytest.mark.parametrize("way", ["HF_ENDPOINT", "HF_HUB_OFFLINE"])
+def test_finds_a_model_as_at_the_hub_without_any_of_our_code(
+    way: str, hosted: Hosted, expected: Both, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in hosted.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("VLLM_PLUGINS", "")  # ours is not even imported
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    with ServedHub({"org/one": hosted.url}) as face:
+        if way == "HF_ENDPOINT":
+            monkeypatch.setenv(way, face.url)
+        else:
+            weightcache.materialise(hosted.url, "org/one", cache_dir=tmp_path / "hf" / "hub")
+            monkeypatch.setenv(way, "1")
+        with apart(tmp_path / "vllm.log") as one:
+            assert one.ask({"engine": {"model": "org/one"}}) == expected[0]
 
 
 @pytest.mark.parametrize("release", ["0.31.2", "0.34.0", "1.0.0"])

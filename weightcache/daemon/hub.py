@@ -13,7 +13,7 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,9 @@ from weightcache import registries
 from weightcache.config import read_settings
 from weightcache.daemon import hubwire
 from weightcache.daemon.hubwire import MAIN, Kind, Question
+from weightcache.daemon.listening import Listener, is_named_so, listen
 from weightcache.daemon.settings import COMMIT, HubSettings, check_model, read_address, read_endpoint, read_repo
-from weightcache.daemon.web import CLOSE_S, is_named_so
+from weightcache.daemon.shelf import Shelf
 from weightcache.digest import Digest
 from weightcache.errors import (
     ConfigError,
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-REUSE_S = 2.0  # a client asks several things at once, each of which would cost a listing
 N_BODIES = 16  # sent at the same time; others wait, for less than their clients' patience of 10 s
 N_AHEAD = 4  # groups of 16 MiB held for each of them: 1 GiB in all
 N_THREADS = N_BODIES + 8
@@ -69,15 +69,6 @@ class _Refusal(Exception):
             self.headers["X-Repo-Commit"] = commit
 
 
-@dataclass
-class _Shelved:
-    """A model that is open, or being opened, until its time is up and nobody reads it."""
-
-    opening: asyncio.Future[OpenModel]
-    n_users: int = 0
-    is_due: bool = False
-
-
 class Hub:
     """The Hub as it answers.
 
@@ -90,11 +81,10 @@ class Hub:
         self.settings = settings
         self._may_attach = may_attach
         self._threads = ThreadPoolExecutor(N_THREADS, "weightcache-hub")
-        self._shelf: dict[str, _Shelved] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._shelf = Shelf(self._open_now, self._on_thread)
         self._commits: dict[tuple[str, str], str] = {}  # the URI that a repository's commit was told for
         self._bodies = asyncio.Semaphore(N_BODIES)
-        self._runner: web.ServerRunner | None = None
+        self._listener: Listener | None = None
 
     async def serve(self, address: tuple[str, int]) -> int:
         """Serve on this loop until it is closed; port 0 takes a free one. Returns the port.
@@ -102,15 +92,10 @@ class Hub:
         Raises:
             ConfigError: aiohttp is not installed, or nobody can listen there.
         """
-        try:
-            from aiohttp import web
-        except ModuleNotFoundError as exc:
-            raise ConfigError('the Hub face needs the extra of the daemon: pip install "weightcache[daemon]"') from exc
-        host, port = address
 
         async def answer(request: web.BaseRequest) -> web.StreamResponse:
             try:
-                if not is_named_so(request.headers.getall("Host", []), host):
+                if not is_named_so(request.headers.getall("Host", []), address[0]):
                     what = "not by this name: ask for localhost, or for the address that is listened at"
                     raise _Refusal(HTTPStatus.MISDIRECTED_REQUEST, "", what)
                 return await self._answer(request)
@@ -122,25 +107,14 @@ class Hub:
                 status = STATUS.get(exc.code, HTTPStatus.BAD_GATEWAY if is_passing else HTTPStatus.UNPROCESSABLE_ENTITY)
                 return _refuse(_Refusal(status, "RepoNotFound" if exc.code == "not-found" else "", str(exc)))
 
-        self._runner = web.ServerRunner(web.Server(answer, access_log=None), shutdown_timeout=CLOSE_S)
-        await self._runner.setup()
-        try:
-            await web.TCPSite(self._runner, host, port).start()
-        except OSError as exc:
-            await self.close()
-            raise ConfigError(
-                f"the Hub face cannot listen at {host}:{port} ({exc.strerror or exc}): set another address, or port 0 for a "
-                "free one"
-            ) from exc
-        return int(self._runner.addresses[0][1])
+        self._listener = await listen("the Hub face", address, answer)
+        return self._listener.port
 
     async def close(self) -> None:
         """Stop listening, and close all connections and models. May be called twice."""
-        if self._runner is not None:
-            await self._runner.cleanup()
-        for uri in list(self._shelf):
-            self._expire(uri)
-        await asyncio.gather(*self._closing)
+        if self._listener is not None:
+            await self._listener.close()
+        await self._shelf.close()
         self._threads.shutdown(wait=False)
 
     # -- what is asked
@@ -254,7 +228,7 @@ class Hub:
         if not is_ours and not self.settings.upstream:
             raise _Refusal(HTTPStatus.NOT_FOUND, "RepoNotFound", f"no repository {repo}: it is not among [hub.models]")
         uri = uri or f"hf://{repo}"
-        async with self._open(uri) as model:
+        async with self._shelf.open(uri) as model:
             commit = model.listing.commit
             self._note(repo, commit, uri)
             if revision in (MAIN, commit):
@@ -265,7 +239,7 @@ class Hub:
             name, repo, revision, is_ours=is_ours
         )
         try:
-            async with self._open(other) as model:
+            async with self._shelf.open(other) as model:
                 commit = model.listing.commit
                 if COMMIT.fullmatch(revision) and is_ours and commit != revision:
                     raise _no_revision(question)
@@ -309,50 +283,9 @@ class Hub:
         while len(self._commits) > N_COMMITS:
             del self._commits[next(iter(self._commits))]
 
-    @contextlib.asynccontextmanager
-    async def _open(self, uri: str) -> AsyncIterator[OpenModel]:
-        """Hold a model open for the length of the block; described anew when that is longer ago than REUSE_S."""
-        shelved = self._shelf.get(uri)
-        if shelved is None:
-            loop = asyncio.get_running_loop()
-            shelved = self._shelf[uri] = _Shelved(asyncio.ensure_future(self._on_thread(self._open_now, uri)))
-            loop.call_later(REUSE_S, self._expire, uri, shelved)
-        shelved.n_users += 1
-        try:
-            # Shielded: others wait for the same one.
-            yield await asyncio.shield(shelved.opening)
-        except WeightcacheError:
-            self._expire(uri, shelved)
-            raise
-        finally:
-            shelved.n_users -= 1
-            self._close_unused(shelved)
-
     def _open_now(self, uri: str) -> OpenModel:
         options = {"endpoint": self.settings.upstream} if uri.startswith("hf://") and self.settings.upstream else {}
         return OpenModel(Request(uri, storage_options=options), may_attach=self._may_attach)
-
-    def _expire(self, uri: str, only: _Shelved | None = None) -> None:
-        """Describe a model anew at the next request."""
-        shelved = self._shelf.get(uri)
-        if shelved is not None and only in (None, shelved):
-            del self._shelf[uri]
-            shelved.is_due = True
-            self._close_unused(shelved)
-
-    def _close_unused(self, shelved: _Shelved) -> None:
-        if not shelved.is_due or shelved.n_users:
-            return
-        shelved.is_due = False
-
-        async def close() -> None:
-            with contextlib.suppress(WeightcacheError):
-                model = await shelved.opening
-                await self._on_thread(model.close)
-
-        task = asyncio.create_task(close())
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
 
     async def _on_thread(self, work: Callable[..., Any], *arguments: object) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)

@@ -29,6 +29,7 @@ from weightcache._version import __version__
 from weightcache.config import Settings, read_settings, take_service_environment
 from weightcache.daemon import hugepages, web
 from weightcache.daemon.hub import Hub
+from weightcache.daemon.listening import Listener
 from weightcache.daemon.residents import Residents, describe_image
 from weightcache.daemon.server import Server
 from weightcache.daemon.service import ServiceManager, inherited_socket
@@ -162,7 +163,7 @@ class Daemon:
         if self.residents.moving:
             log.warning("ending: %d transfers are broken off", len(self.residents.moving))
 
-    async def _open_page(self) -> web.Site | None:
+    async def _open_page(self) -> Listener | None:
         """Serve the page, metrics and health. Raises ConfigError where they cannot be served as was asked."""
         address = self.settings.daemon.http
         if address is None:

@@ -5,16 +5,14 @@ Never changes anything, never answers who came by another name (DNS rebinding), 
 
 from __future__ import annotations
 
-import ipaddress
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightcache.errors import ConfigError
+from weightcache.daemon.listening import Listener, is_named_so, listen
 from weightcache.waterfall import bottleneck
 
 if TYPE_CHECKING:
@@ -37,22 +35,6 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 METHODS = ("GET", "HEAD")
-CLOSE_S = 1.0  # answers take milliseconds: who reads slower than this at the end is cut off
-
-
-class Site:
-    """The page as it is being served."""
-
-    def __init__(self, runner: web.ServerRunner) -> None:
-        self._runner = runner
-
-    @property
-    def port(self) -> int:
-        return int(self._runner.addresses[0][1])
-
-    async def close(self) -> None:
-        """Stop listening, and close all connections. May be called twice."""
-        await self._runner.cleanup()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +49,7 @@ async def serve(
     metrics: Callable[[], str],
     is_ready: Callable[[], str],
     address: tuple[str, int],
-) -> Site:
+) -> Listener:
     """Serve the page on this loop until it is closed.
 
     Args:
@@ -79,12 +61,6 @@ async def serve(
     Raises:
         ConfigError: aiohttp is not installed, or nobody can listen there.
     """
-    try:
-        from aiohttp import web
-    except ModuleNotFoundError as exc:
-        raise ConfigError('the daemon\'s page needs its extra: pip install "weightcache[daemon]"') from exc
-
-    host, port = address
     page = {path: _Answer((DASHBOARD / name).read_text("utf-8"), kind) for path, (name, kind) in PAGE.items()}
 
     def find(path: str) -> _Answer:
@@ -102,8 +78,10 @@ async def serve(
         return _Answer("no such page: see /\n", status=HTTPStatus.NOT_FOUND)
 
     async def answer(request: web.BaseRequest) -> web.Response:
+        from aiohttp import web
+
         headers = HEADERS
-        if not is_named_so(request.headers.getall("Host", []), host):
+        if not is_named_so(request.headers.getall("Host", []), address[0]):
             told = _Answer(
                 "not by this name: ask for localhost, or for the address that the daemon was told to listen at\n",
                 status=HTTPStatus.MISDIRECTED_REQUEST,
@@ -117,36 +95,7 @@ async def serve(
             text=told.text, status=told.status, content_type=told.content_type, charset="utf-8", headers=headers
         )
 
-    runner = web.ServerRunner(web.Server(answer, access_log=None), shutdown_timeout=CLOSE_S)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, host, port).start()
-    except OSError as exc:
-        await runner.cleanup()
-        raise ConfigError(
-            f"the daemon's page cannot listen at {host}:{port} ({exc.strerror or exc}): set another address, or port 0 "
-            "for a free one"
-        ) from exc
-    return Site(runner)
-
-
-def is_named_so(hosts: list[str], listens_at: str) -> bool:
-    """Tell whether a request's Host headers name this machine as it may be named: as loopback, or as it was configured.
-
-    A page of another site that lets its own name point here sends that name. Where the daemon listens at every address of
-    the machine, any address will do: an address cannot be pointed elsewhere.
-    """
-    parts = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]]+)(:\d{1,5})?", hosts[0]) if len(hosts) == 1 else None
-    if parts is None:
-        return False
-    name = parts[1].strip("[]").lower()
-    if name in ("localhost", listens_at.lower()):
-        return True
-    try:
-        named = ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return named.is_loopback or (listens_at in ("0.0.0.0", "::"))
+    return await listen("the daemon's page", address, answer)
 
 
 def _judged(state: Mapping[str, Any]) -> dict[str, Any]:
