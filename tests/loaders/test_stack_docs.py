@@ -30,8 +30,8 @@ def test_a_page_runs_as_it_stands(name: str, bucket: Bucket, tmp_path: Path, mon
         write_unet(made / "tuned", seed=7)
         write_lora(made / "lora")
     bucket.upload(made, "")
-    for name, value in bucket.server.environment().items():
-        monkeypatch.setenv(name, value)
+    for variable, value in bucket.server.environment().items():
+        monkeypatch.setenv(variable, value)
     monkeypatch.chdir(tmp_path)
     names = {"torch": torch, "weightcache": weightcache}
     blocks = list(PART.finditer((STACKS / f"{name}.md").read_text()))
