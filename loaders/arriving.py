@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 # Of the memory that is free, what tensors may take before they are asked for: a stack builds its model while they arrive.
-# Where it then converts what it gets, this is what a load holds beside the converted model at most.
+# Where it then converts what it gets in that order, this is what a load holds beside the converted model.
 AHEAD_SHARE = 1 / 8
 
 MOST_DEVICES = 32  # of a node; more would take turns
@@ -34,7 +34,7 @@ class Arriving:
     The transfer starts at once, in the order in which stacks ask: by the names' parts, numbers as numbers.
 
     Attributes:
-        reports: `weightcache.stream`'s, one a device, each whole when its last tensor was asked for.
+        reports: `weightcache.stream`'s, one a device, each whole when its last tensor was handed over.
     """
 
     def __init__(
@@ -55,13 +55,16 @@ class Arriving:
             include: Of both, as is `exclude`.
             progress: Of the stream to each device.
         """
+        revisions = set[str]()
         wanted: dict[str, Any] = {"include": include, "exclude": list(exclude) or None}
         if isinstance(place, str):
             wanted_there = {place: wanted}
         else:
-            placements = place(sorted(weightcache.plan(uri, **wanted, **options).names, key=_by_parts))
+            planned = weightcache.plan(uri, **wanted, **options)
+            revisions.add(planned.revision)
             wanted_there = {
-                device: {"include": [literally(name) for name in names]} for device, names in placements.items()
+                device: {"include": [literally(name) for name in names]}
+                for device, names in place(planned.names).items()
             }
         self._held = ExitStack()
         sources = []
@@ -75,9 +78,10 @@ class Arriving:
         self._sources: dict[str, _Source] = {}
         try:
             with ThreadPoolExecutor(MOST_DEVICES, "weightcache-loader") as pool:
-                for source, names in zip(sources, pool.map(lambda each: each.stream.names, sources), strict=True):
+                described = (map if len(sources) == 1 else pool.map)(_Source.begin, sources)
+                for source, names in zip(sources, described, strict=True):
                     self._sources |= dict.fromkeys(names, source)
-            if len({report.revision for report in self.reports}) > 1:
+            if len(revisions.union(report.revision for report in self.reports)) > 1:
                 raise errors.OriginChangedError(
                     f"{uri} changed while it was loaded; load again when its writer is done"
                 )
@@ -98,15 +102,22 @@ class Arriving:
 
 
 class _Source:
-    """One stream, from which whoever waits longest takes for all."""
+    """One stream, from which one of those who wait takes for all."""
 
     def __init__(self, uri: str, stream: Any) -> None:
         self.stream = stream
         self._uri = uri
         self._changed = threading.Condition()  # guards all below
         self._here: dict[str, torch.Tensor] = {}
+        self._n_left = 0
         self._is_taken_from = False
         self._failure: BaseException | None = None
+
+    def begin(self) -> tuple[str, ...]:
+        """Return the names, once they are known."""
+        names: tuple[str, ...] = self.stream.names
+        self._n_left = len(names)
+        return names
 
     def look(self, name: str) -> torch.Tensor:
         """Wait for a tensor, and leave it here. Raises what ended its transfer."""
@@ -122,6 +133,7 @@ class _Source:
     def close(self) -> None:
         """Stop, once nobody takes from the stream any more, and drop what is here."""
         with self._changed:
+            self._failure = errors.WeightcacheError(f"the load of {self._uri} has ended; load again")
             self._changed.wait_for(lambda: not self._is_taken_from)
             self._here.clear()
             self.stream.close()  # which yields nothing from now on
@@ -142,9 +154,14 @@ class _Source:
         self._changed.release()
         try:
             name, tensor = next(self.stream)
+            self._n_left -= 1
+            if not self._n_left:
+                next(
+                    self.stream, None
+                )  # ends it well: its report is whole, and the origin was asked whether it changed
         except StopIteration:
             self._failure = errors.WeightcacheError(
-                f"tensor {wanted!r} of {self._uri} was handed over before, or its load has ended; load again"
+                f"tensor {wanted!r} of {self._uri} was handed over before; load again"
             )
         except BaseException as exc:
             self._failure = exc

@@ -16,6 +16,7 @@ from vllm.config.vllm import VllmConfig
 from vllm.logger import init_logger
 from vllm.transformers_utils.runai_utils import ObjectStorageModel, is_runai_obj_uri
 
+from weightcache import errors
 from weightcache.loaders.vllm_folders import bring
 
 log = init_logger("vllm.weightcache")
@@ -39,6 +40,7 @@ def take_uris(load_format: str, kept: Path) -> None:
 
     def pull_files(self: Any, model_path: str = "", *_: Any, **__: Any) -> None:
         self.dir = str(bring(model_path, kept, weights=False, headers=True)[0])
+        self._close = lambda: None  # which would remove the folder, of all servers of this revision, at the end
 
     ObjectStorageModel.pull_files = pull_files
     VllmConfig.try_verify_and_update_config = _given_to(load_format, VllmConfig.try_verify_and_update_config)
@@ -54,6 +56,10 @@ def _given_to(load_format: str, verify: Callable[[Any], None]) -> Callable[[Any]
         if not is_runai_obj_uri(uri) or load.load_format not in ("auto", load_format):
             verify(self)
             return
+        if (load.model_loader_extra_config or {}).get("uri"):
+            raise errors.ConfigError(
+                f'"uri" in --model-loader-extra-config, and the model {uri}: leave one of them out'
+            )
         load.load_format = load_format
         model.model_weights = ""
         try:

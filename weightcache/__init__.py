@@ -164,11 +164,18 @@ def stream(
 
     Args:
         order: Names of the tensors whose groups come first, in this order, as an earlier run used them; the others follow
-            as they lie in their files. Or a key to sort all names by.
+            as they lie in their files. Or a key to sort all names by, called on a thread of weightcache's that it must not
+            hold up.
         ahead_share: Share of the memory that is free when the model is described, the device's or the host's, that groups
             may take before they are asked for; two are allowed in any case.
+
+    Raises:
+        ConfigError: A name in `order` that is not wanted, or an `ahead_share` that is not between 0 and 1.
     """
     from weightcache import cache as conductor
+
+    if not 0 <= ahead_share <= 1:
+        raise errors.ConfigError(f"ahead_share={ahead_share!r}: expected a share, between 0 and 1")
 
     request = _request(uri, include, exclude, cache, offline, storage_options, timeout_s, progress)
     order = order if callable(order) else tuple(order)

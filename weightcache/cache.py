@@ -29,7 +29,15 @@ from weightcache.delivery import (
     open_for,
     transfer_of,
 )
-from weightcache.errors import CapacityError, ConfigError, DaemonError, ImageLostError, OriginChangedError, nearest
+from weightcache.errors import (
+    CapacityError,
+    ConfigError,
+    DaemonError,
+    ImageLostError,
+    OriginChangedError,
+    WeightcacheError,
+    nearest,
+)
 from weightcache.layout import ChunkKey, carry
 from weightcache.manifest import Manifest, Role
 from weightcache.modelfiles import PulledFiles, file_keys, files_folder, missing_file_keys, place_files
@@ -215,7 +223,10 @@ class TensorStream:
     def names(self) -> tuple[str, ...]:
         """Names of the tensors, in file order. The first look begins the transfer, and raises what describing raises."""
         if self._names is None:
-            self._names = next(self._given)
+            try:
+                self._names = next(self._given)
+            except StopIteration:
+                raise WeightcacheError(f"the stream of {self.report.uri} has ended; begin another") from None
         return self._names
 
     def __iter__(self) -> TensorStream:

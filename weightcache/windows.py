@@ -101,11 +101,12 @@ class Windows:
                 counter = counter_of(session, keys)
                 self._is_described = True
                 self._described.set()
-            for _ in range(self._n_more()):
+            planned = list(windows(self.wanted, WINDOW_NBYTES, session.request.order))
+            for _ in range(self._n_more(planned)):
                 self._gate.release()
             with report.stage("move"):
                 async with asyncio.TaskGroup() as group:
-                    for number, window in enumerate(windows(self.wanted, WINDOW_NBYTES, session.request.order)):
+                    for number, window in enumerate(planned):
                         await self._gate.acquire()
                         group.create_task(self._bring_window(window, [] if number else file_keys, counter))
                     if not self.wanted:
@@ -118,13 +119,15 @@ class Windows:
             self._arrived.put(None)
             await session.close_origin()
 
-    def _n_more(self) -> int:
-        """Return how many windows may wait beyond the two."""
-        if not self._session.request.ahead_share:
+    def _n_more(self, planned: Sequence[Sequence[Wanted]]) -> int:
+        """Return how many windows may wait beyond the two, each as large as the largest."""
+        share = self._session.request.ahead_share
+        largest_nbytes = max((sum(tensor.entry.nbytes for tensor in window) for window in planned), default=0)
+        if not share or not largest_nbytes:
             return 0
         landing = self._where.landing
         free_nbytes = memory_available_bytes() if landing is None else landing.free_nbytes()
-        return max(0, int(self._session.request.ahead_share * free_nbytes) // WINDOW_NBYTES - WINDOWS_AHEAD)
+        return max(0, int(share * free_nbytes) // largest_nbytes - WINDOWS_AHEAD)
 
     async def _bring_window(self, window: Sequence[Wanted], file_keys: Sequence[ChunkKey], counter: Counter) -> None:
         session, where, held = self._session, self._where, self._held

@@ -251,7 +251,7 @@ def test_a_stream_runs_ahead_within_a_share_of_what_is_free(
     for module in (windows, devices):
         monkeypatch.setattr(module, "memory_available_bytes", lambda: 50 << 20)
     done = [0]
-    stream = weightcache.stream(layers, device, ahead_share=0.1, progress=lambda nbytes, _: done.__setitem__(0, nbytes))
+    stream = weightcache.stream(layers, device, ahead_share=0.2, progress=lambda nbytes, _: done.__setitem__(0, nbytes))
     assert len(stream.names) == 12
     wait_until(lambda: done[0] >= 5 * (2 << 20))
     assert len(made) == 5

@@ -299,6 +299,20 @@ def test_a_stream_comes_in_the_order_that_is_wanted(
     assert max(late) < WINDOWS_AHEAD  # those under way together overtake each other
     with pytest.raises(errors.ConfigError, match="nowhere"):
         next(weightcache.stream(layers_url, "cpu", order=["nowhere"], storage_options=options))
+    with pytest.raises(errors.ConfigError, match="between 0 and 1"):
+        weightcache.stream(layers_url, "cpu", ahead_share=2)
+
+
+def test_a_stream_tells_names_until_it_has_ended(layers: Path, layers_url: str, options: Options) -> None:
+    stream = weightcache.stream(layers_url, "cpu", storage_options=options)
+    assert set(stream.names) == tensors_of(layers).keys()
+    stream.close()
+    assert set(stream.names) == tensors_of(layers).keys()
+    missing = weightcache.stream(f"{layers_url}/nothing", "cpu", storage_options=options)
+    with pytest.raises(errors.ModelNotFoundError):
+        missing.names  # noqa: B018
+    with pytest.raises(errors.WeightcacheError, match="has ended"):
+        missing.names  # noqa: B018
 
 
 def test_a_stream_left_early_stops_the_transfer(

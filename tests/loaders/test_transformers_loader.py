@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 import transformers
 from hosted import Hosted, host
 from models import minilm_folder
+from nodes import wait_until
 from reference import raw
 from safetensors.torch import load_file, save_file
 from servers import Bucket, Proxy
@@ -311,6 +314,30 @@ def test_tensors_come_in_any_order_that_they_are_asked_for(
     assert {name: raw(tensor) for name, tensor in got.items()} == {
         name: raw(tensor) for name, tensor in there.tensors.items()
     }
+
+
+def test_the_end_of_a_load_ends_those_who_wait_for_it() -> None:
+    asked, may_go_on, given = threading.Event(), threading.Semaphore(0), []
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for number in range(100):
+            asked.set()
+            may_go_on.acquire()
+            given.append(number)
+            yield str(number), torch.zeros(1)
+
+    source = arriving._Source("s3://bucket/model", tensors())
+    with ThreadPoolExecutor(3) as pool:
+        takers = [pool.submit(source.take, name) for name in ("98", "99")]
+        assert asked.wait(60)
+        end = pool.submit(source.close)
+        wait_until(lambda: source._failure is not None)
+        may_go_on.release(100)
+        for taker in takers:
+            with pytest.raises(errors.WeightcacheError, match="has ended"):
+                taker.result(60)
+        end.result(60)
+    assert given == [0]
 
 
 # -- refusals

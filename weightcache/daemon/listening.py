@@ -1,4 +1,4 @@
-"""Own listening for HTTP, and the refusal of who came by another name (DNS rebinding).
+"""Own listening for HTTP, and the knowledge of who came by another name (DNS rebinding).
 
 Never decides what is answered.
 """
@@ -15,7 +15,7 @@ from weightcache.errors import ConfigError
 if TYPE_CHECKING:
     from aiohttp import web
 
-CLOSE_S = 1.0  # answers take milliseconds: who reads slower than this at the end is cut off
+CLOSE_S = 1.0  # what is not answered by then, at the end, is cut off
 
 
 class Listener:
@@ -36,7 +36,7 @@ class Listener:
 async def listen(
     what: str, address: tuple[str, int], answer: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 ) -> Listener:
-    """Answer on this loop until the site is closed.
+    """Answer on this loop until the listener is closed.
 
     Args:
         what: Whose answers these are, for errors.
