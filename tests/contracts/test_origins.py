@@ -477,3 +477,10 @@ def test_a_requester_who_pays_says_so_and_signs_it(place: S3Place, proxy: Proxy)
 
     assert asyncio.run(run()) == BODY
     assert all("x-amz-request-payer" in request.path for request in proxy.requests)
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("endpont_url", "endpoint_url"), ("secret_key", "secret")])
+def test_an_option_that_is_spelled_wrongly_is_refused(place: S3Place, wrong: str, right: str) -> None:
+    options = place.bucket.server.storage_options()
+    with pytest.raises(ConfigError, match=rf"'{wrong}'.*did you mean '{right}'"):
+        place.open_with(options | {wrong: options[right]})

@@ -26,7 +26,7 @@ from served_hub import ServedHub
 from servers import Bucket, Proxy, S3Server
 
 import weightcache
-from weightcache.errors import ModelNotFoundError, UnsafeFormatError
+from weightcache.errors import ConfigError, ModelNotFoundError, UnsafeFormatError
 
 CLIENT_TIMEOUT_S = 300.0
 GGUF_NBYTES = (19 << 20) + 123
@@ -340,6 +340,11 @@ def test_command_serves_until_it_is_told_to_end(folder: Path) -> None:
         told, _ = process.communicate(timeout=CLIENT_TIMEOUT_S)
     assert answer.endswith((folder / "config.json").read_bytes())
     assert (process.returncode, told) == (0, "")
+
+
+def test_a_hub_without_repositories_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no repository"):
+        weightcache.serve_hub(address="127.0.0.1:0")
 
 
 def test_daemon_serves_what_it_has_in_memory(folder: Path, hosted: Hosted, start: Callable[..., Node]) -> None:

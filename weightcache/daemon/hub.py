@@ -345,6 +345,10 @@ def serve(
     if at is None:
         raise ConfigError("the Hub face needs an address: set one in [hub], or pass it")
     settings = replace(settings, models={**settings.models, **given}, upstream=above)
+    if not settings.models and not above:
+        raise ConfigError(
+            "the Hub face has no repository: name models (--model ORG/NAME=URI, or [hub.models]) or an upstream"
+        )
 
     async def run() -> None:
         ended, loop = asyncio.Event(), asyncio.get_running_loop()

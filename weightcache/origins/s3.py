@@ -29,6 +29,7 @@ from weightcache.errors import (
     ModelNotFoundError,
     OriginError,
     TransientOriginError,
+    nearest,
 )
 from weightcache.ledger import Ledger
 from weightcache.origins.answers import Answer, http_time, is_part, refusal
@@ -69,6 +70,13 @@ _STATUS_OF = {
 _OUT_OF_TIME = {"ExpiredToken", "TokenRefreshRequired", "RequestExpired", "RequestTimeTooSkewed"}
 _OUT_OF_TIME_WORDS = re.compile("expired|not (yet )?valid yet|not ready|not yet valid", re.IGNORECASE)
 UNKNOWN_OPTIONS = ("s3_additional_kwargs", "version_aware")  # of s3fs, and a setting is a demand
+KNOWN_OPTIONS = (
+    *("anon", "client_kwargs", "config_kwargs", "endpoint_url", "key", "profile", "requester_pays", "secret", "token"),
+    # Of s3fs and fsspec, for what is not done here.
+    *("asynchronous", "cache_regions", "default_block_size", "default_cache_type", "default_fill_cache", "loop"),
+    *("fixed_upload_size", "listings_expiry_time", "local_expiry_check", "max_concurrency", "max_paths", "password"),
+    *("session", "skip_instance_cache", "use_listings_cache", "use_ssl", "username"),
+)
 N_PAGES = 100  # of a listing, 1,000 objects each, at most
 PAGE_NBYTES = 4 << 20
 SIGNED_FOR_S = 3600
@@ -145,6 +153,9 @@ class S3Origin:
         for name in UNKNOWN_OPTIONS:
             if self._options.get(name):
                 raise ConfigError(f"storage_options[{name!r}] is not known to weightcache: leave it out", uri=uri)
+        for name in self._options.keys() - {*KNOWN_OPTIONS, *UNKNOWN_OPTIONS}:
+            if hint := nearest(name, KNOWN_OPTIONS):  # spelled wrongly, it would be another place or another identity
+                raise ConfigError(f"storage_options[{name!r}] is not known to s3fs or weightcache{hint}", uri=uri)
         self._wiring = wiring
         self._throttle = throttle
         self._opening = asyncio.Lock()
