@@ -36,7 +36,7 @@ _CREDENTIALS = (
     *("AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE", "HF_TOKEN", "GOOGLE_APPLICATION_CREDENTIALS"),
     "AZURE_STORAGE_ACCOUNT",
 )
-FILE_ONLY = frozenset({"attempts", "loras", "max_bytes_per_s", "redirect_hosts", "timeout_s"})
+FILE_ONLY = frozenset({"attempts", "loras", "max_bytes_per_s", "redirect_hosts", "timeout_s", "vllm_uris"})
 SERVICE_NAMES = (
     *("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"),
     *("LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES"),
@@ -79,7 +79,7 @@ class Settings:
             available. Freed memory kept for the next load is at most an eighth of that, and no more than this.
         libcuda: The driver to open; another one is for tests.
         loras: Where adapters are that vLLM is asked for by name, each at `{loras}/{name}`; empty is nowhere. In the file only.
-        vllm_uris: Whether vLLM's models at s3://, gs:// and az:// are loaded from here.
+        vllm_uris: Whether vLLM's models at s3://, gs:// and az:// are loaded from here. In the file only.
         socket: The node daemon's; without it, `daemon/socket` below the cache folder. A load uses a daemon that
             answers there. "none": no daemon.
         prices: A table for each provider or host whose prices are not those of `weightcache.prices`.

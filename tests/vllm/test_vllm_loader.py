@@ -146,7 +146,8 @@ def test_takes_uris_for_models_where_that_is_set(
 ) -> None:
     for name, value in hosted.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("WEIGHTCACHE_VLLM_URIS", "1")
+    (tmp_path / "weightcache.toml").write_text("vllm_uris = true\n")
+    monkeypatch.setenv("WEIGHTCACHE_CONFIG", str(tmp_path / "weightcache.toml"))
     with apart(tmp_path / "vllm.log") as one:
         assert one.ask({"engine": {"model": hosted.url}}) == expected[0]
         assert one.ask({"reload": None}) == expected[0]
